@@ -1,0 +1,144 @@
+"""model_dir → onnx_ir.Model: plain opset-24 ONNX whose weights are lazy and whose linears are all claimed.
+
+The only file that knows mobius-onnx. It builds the graph from config.json without reading a weight, under an execution provider of our
+own that leaves standard operators alone; its fusions to contrib operators are not function-preserving and are not used.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from rqc.compiler.windows import add_sliding_windows
+from rqc.models.checkpoint import Checkpoint, read_config
+from rqc.models.description import EMBEDDING, HEAD, Architecture, Description, require_claim, segments
+from rqc.models.families import Family, family_of
+from rqc.models.weights import Weight
+from rqc.passes.base import LINEAR, set_weight
+from rqc.runtime.errors import CheckpointError, UnsupportedModelError
+
+PROVIDER = "rqc"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model on its way through the compiler: the graph, what the algebra knows of it, and the Hugging Face config."""
+
+    model: ir.Model
+    description: Description
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+
+
+def import_model(model_dir: str | Path) -> Imported:
+    """Build the standard ONNX graph of a model directory; weights stay in their files.
+
+    Raises CheckpointError (missing, damaged or mismatched files) and UnsupportedModelError (unknown family, unclaimed linear).
+    """
+    raw = read_config(model_dir)
+    family = family_of(str(raw.get("model_type")))
+    checkpoint = Checkpoint.open(model_dir)
+    config = _full_config(model_dir)
+    architecture = _architecture(config)
+    model = _skeleton(model_dir)
+    description = Description.of(architecture, model.graph.initializers)
+    _attach_weights(model, description, checkpoint, family)
+    _mark_linears(model, description)
+    add_sliding_windows(model, config, architecture)
+    return Imported(model, description, checkpoint, config)
+
+
+def _full_config(model_dir: str | Path) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(model_dir, local_files_only=True).to_dict()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"config.json of {model_dir} is not usable: {error}", hint="download it again") from error
+    return config
+
+
+def _architecture(config: dict[str, Any]) -> Architecture:
+    try:
+        return Architecture.from_config(config)
+    except KeyError as error:
+        raise CheckpointError(f"config.json lacks {error}", hint="download it again") from error
+
+
+def _skeleton(model_dir: str | Path) -> ir.Model:
+    import mobius
+
+    logging.getLogger("mobius").setLevel(logging.ERROR)  # what it warns of (dropped windows) is put right below
+    capabilities = mobius.EpCapabilities(name=PROVIDER, supports_skip_layer_norm=False)
+    mobius.register_ep(capabilities, overwrite=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        package = mobius.build(str(model_dir), execution_provider=PROVIDER, load_weights=False, dtype="f32")
+    model: ir.Model = package["model"]
+    foreign = sorted({node.domain for node in model.graph if node.domain})
+    if foreign:
+        raise UnsupportedModelError(f"the importer left operators of domain {foreign[0]!r} in the graph")
+    return model
+
+
+def _attach_weights(model: ir.Model, description: Description, checkpoint: Checkpoint, family: Family) -> None:
+    """Give every initializer that the skeleton left empty its lazy weight, with shapes checked against the checkpoint."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            continue
+        source, start, packed = _source(name, description, checkpoint, family)
+        stored = checkpoint.info(source).shape
+        shape = tuple(int(size) for size in value.shape or ())
+        if stored[1:] != shape[1:] or start + shape[0] > stored[0] or (not packed and stored != shape):
+            raise CheckpointError(
+                f"tensor {source!r} has shape {list(stored)}, config.json asks for {list(shape)}",
+                hint="config.json and weights are of different models; download both again",
+            )
+        set_weight(value, Weight(checkpoint, source, shape, start))
+
+
+def _source(name: str, description: Description, checkpoint: Checkpoint, family: Family) -> tuple[str, int, bool]:
+    """The checkpoint tensor behind a graph parameter, its first row there, and whether it is part of a packed tensor."""
+    if name == HEAD and name not in checkpoint and description.architecture.tied:
+        return EMBEDDING, 0, False
+    claim = description.by_weight.get(name)
+    if name in checkpoint or claim is None:
+        return name, 0, False
+    for path, source, packed in family.sources:
+        if path != claim.linear.path:
+            continue
+        expert = claim.weight.split("experts.")[1].split(".")[0] if claim.expert else ""
+        stem, tail = claim.weight.rsplit(path.replace("{e}", expert), 1)
+        first = segments(packed, description.sizes())[claim.linear.writes[0]].start if packed else 0
+        return stem + source.replace("{e}", expert) + tail, first, bool(packed)
+    return name, 0, False
+
+
+def _mark_linears(model: ir.Model, description: Description) -> None:
+    """Write on every MatMul of a weight which parameter it multiplies with; fail on one that no description claims."""
+    for node in model.graph:
+        if node.op_type != "MatMul":
+            continue
+        name = _weight_name(node)
+        if name is None:
+            continue
+        if name not in (HEAD, EMBEDDING):
+            claim = require_claim(description, name)
+            shape = tuple(model.graph.initializers[name].shape or ())
+            if shape != description.shape(claim):
+                raise UnsupportedModelError(f"{name!r} has shape {shape}, its description says {description.shape(claim)}")
+        node.metadata_props[LINEAR] = HEAD if name == EMBEDDING else name
+
+
+def _weight_name(node: ir.Node) -> str | None:
+    """The initializer that a MatMul reads, directly or through the importer's Transpose."""
+    right = node.inputs[1]
+    producer = right.producer() if right is not None else None
+    if producer is not None and producer.op_type == "Transpose":
+        right = producer.inputs[0]
+    return right.name if right is not None and right.is_initializer() else None

@@ -1,0 +1,68 @@
+"""Run any stage of the graph on given tokens with ONNX Runtime: what --verify-each, --dump-ir and the scores stand on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]
+INLINE_LIMIT = 1024
+DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(uint8)": np.uint8}
+
+
+def save_stage(model: ir.Model, path: Path) -> None:
+    """Write a stage as a runnable ONNX model, weights beside it in PATH.data; the stage keeps its lazy weights."""
+    ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=INLINE_LIMIT)
+
+
+def run_stage(model: ir.Model, token_ids: Sequence[int] | NDArray[np.int64], *, threads: int = 0) -> Logits:
+    """Logits [sequence, vocab] of a stage for one sequence of token ids, in float32."""
+    with tempfile.TemporaryDirectory(prefix="rqc-stage-") as folder:
+        path = Path(folder) / "stage.onnx"
+        save_stage(model, path)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return run_session(session, np.asarray(token_ids, np.int64))
+
+
+def run_session(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> Logits:
+    """Logits [sequence, vocab] of one sequence, whichever of the contract's inputs the graph has."""
+    (logits,) = session.run(["logits"], feeds(session, token_ids))
+    return np.asarray(logits[0], np.float32)
+
+
+def feeds(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
+    """Inputs for one whole sequence with an empty past."""
+    n = len(token_ids)
+    known: dict[str, NDArray[np.generic]] = {
+        "input_ids": token_ids[None],
+        "attention_mask": np.ones((1, n), np.int64),
+        "position_ids": np.arange(n, dtype=np.int64)[None],
+        "logits_positions": np.arange(n, dtype=np.int64)[None],
+        "seqlens_k": np.asarray([n - 1], np.int32),
+        "total_sequence_length": np.asarray(n, np.int32),
+    }
+    given: dict[str, NDArray[np.generic]] = {}
+    for item in session.get_inputs():
+        if item.name in known:
+            given[item.name] = known[item.name]
+        else:  # a past key or value: [batch, kv heads, past, head_dim]
+            shape = [1, item.shape[1], 0, item.shape[3]]
+            given[item.name] = np.zeros(shape, DTYPES[item.type])
+    return given
+
+
+def drift(before: Logits, after: Logits) -> float:
+    """Relative drift ‖after − before‖ / ‖before‖ over all logits; infinite when anything is not finite."""
+    if not np.isfinite(after).all():
+        return float("inf")
+    difference = np.linalg.norm((after - before).astype(np.float64))
+    return float(difference / max(np.linalg.norm(before.astype(np.float64)), 1e-30))

@@ -1,0 +1,114 @@
+"""What every pass shares: the contract, the marks on nodes, and small moves on the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from rqc.models.weights import Weight
+
+LINEAR = "rqc.linear"
+"""Mark on a node: the parameter name of the linear that it computes."""
+ONLINE = "rqc.online"
+"""Mark on a node: the rotation site (r1, r3, r4) whose online half it belongs to."""
+WEIGHT = "rqc.weight"
+"""Key in a tensor's meta: the lazy `Weight` behind it."""
+QUANTIZED = "rqc.quantized"
+"""Key in a tensor's meta: the lazy quantized weight behind it."""
+STORAGE = "rqc.storage"
+"""Key in a tensor's meta: tensors with equal storage share their bytes in the engine."""
+
+
+class Pass(ir.passes.InPlacePass):
+    """A pass over one graph.
+
+    `exact`: the function of the graph does not change; `--verify-each` fails the pass by name if it does. Every pass is idempotent.
+    """
+
+    exact: bool = True
+
+    @property
+    def label(self) -> str:
+        """The name that progress lines, dumps and reports use."""
+        return type(self).__name__
+
+
+def set_weight(value: ir.Value, weight: Weight) -> None:
+    """Make `weight` the lazy value (float32) of an initializer."""
+    tensor = ir.LazyTensor(
+        lambda: ir.Tensor(weight.float32(), name=value.name),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(weight.shape),
+        name=value.name,
+    )
+    tensor.meta[WEIGHT] = weight
+    value.const_value = tensor
+    value.shape = ir.Shape(weight.shape)
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
+def weight_of(value: ir.Value | None) -> Weight | None:
+    """The lazy weight of an initializer, or None."""
+    if value is None or value.const_value is None:
+        return None
+    found = value.const_value.meta.get(WEIGHT)
+    return found if isinstance(found, Weight) else None
+
+
+def linears(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+    """(parameter name, node) of every marked linear, in graph order."""
+    for node in list(model.graph):
+        name = node.metadata_props.get(LINEAR)
+        if name is not None:
+            yield name, node
+
+
+def initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer of that name, made from `array` if it is not there yet: constants are shared by name."""
+    existing = model.graph.initializers.get(name)
+    if existing is not None:
+        return existing
+    return lazy_initializer(model, name, ir.Tensor(np.ascontiguousarray(array), name=name))
+
+
+def lazy_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register a tensor, lazy or not, as an initializer."""
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def insert_before(anchor: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Insert nodes, in order, before `anchor`."""
+    graph = anchor.graph
+    assert graph is not None
+    graph.insert_before(anchor, nodes)
+
+
+def insert_after(anchor: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Insert nodes, in order, after `anchor`."""
+    graph = anchor.graph
+    assert graph is not None
+    graph.insert_after(anchor, nodes)
+
+
+def replace_uses(old: ir.Value, new: ir.Value, keep: Sequence[ir.Node] = ()) -> None:
+    """Let every user of `old` but the nodes in `keep` read `new`; a graph output moves along and keeps its name."""
+    for user, index in list(old.uses()):
+        if user not in keep:
+            user.replace_input_with(index, new)
+    graph = new.producer().graph if new.producer() is not None else None  # type: ignore[union-attr]
+    if graph is None or old not in graph.outputs:
+        return
+    outputs = list(graph.outputs)
+    name = old.name
+    old.name, new.name = f"{name}.before", name
+    new.shape, new.type = new.shape or old.shape, new.type or old.type
+    graph.outputs[outputs.index(old)] = new
+
+
+def constant(model: ir.Model, name: str, values: Sequence[int]) -> ir.Value:
+    """A small shared int64 constant."""
+    return initializer(model, name, np.asarray(values, np.int64))
