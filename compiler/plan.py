@@ -1,0 +1,253 @@
+"""Writing an engine: an ONNX model, a manifest and files become one ZIP file that ONNX Runtime maps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+
+from rqc.compiler.replace_file import Replacement
+from rqc.runtime import zip_layout
+from rqc.runtime.container import TENSOR_ALIGNMENT, EngineFile, check_file_name
+from rqc.runtime.errors import EngineFormatError, ResourceError
+from rqc.runtime.manifest import FORMAT, FORMAT_VERSION, check_manifest
+from rqc.runtime.onnx_walk import OFFSET_DIGITS, bind, external_tensors, pad_location
+from rqc.runtime.zip_layout import GRAPH, MANIFEST, WEIGHTS, Entry
+
+INLINE_BELOW = 1024  # bytes: smaller tensors stay in graph.onnx, where shape inference sees them
+STORAGE_KEY = "rqc.storage"  # tensors with the same value in `meta` share their bytes
+_DEFAULT_NAME = b"engine.plan"  # graph.onnx as it lies in the file must not depend on where the engine was written
+_CHUNK = 1 << 22
+_MAGIC = f'{{\n "format": "{FORMAT}",'.encode()
+
+
+@dataclass(frozen=True)
+class EngineSummary:
+    """What was written: the file's size, the size of its weights.bin (both in bytes) and the file's sha256."""
+
+    size_bytes: int
+    weight_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Storage:
+    """A tensor that is written once, at byte `offset` of weights.bin."""
+
+    tensor: onnx_ir.TensorProtocol
+    offset: int
+    nbytes: int
+
+
+def write_engine(
+    path: str | os.PathLike[str], model: onnx_ir.Model, manifest: Mapping[str, Any], files: Mapping[str, bytes]
+) -> EngineSummary:
+    """Write `model`, `manifest` and `files` (entry name -> bytes) as the engine at `path`, over one that is there.
+
+    Initializers of the main graph from 1 KiB on go to weights.bin, evaluated once and one after the other; those with
+    the same `tensor.meta["rqc.storage"]` share their bytes. The file depends on the arguments alone, not on `path`.
+    Raises EngineFormatError if `path` is something else than an engine or the parts make no sound engine, InputError if
+    `path` cannot be written, ResourceError if the disk is full; then, as on any exception, nothing is left behind.
+    """
+    target = os.path.realpath(os.fspath(path))
+    check_file_name(os.path.basename(target))
+    _refuse_foreign(target)
+    contents = {name: bytes(files[name]) for name in files}
+    if reserved := set(contents) & {MANIFEST, GRAPH, WEIGHTS}:
+        raise EngineFormatError(f"{', '.join(sorted(reserved))} cannot be given as a file of an engine")
+    zip_layout.check_names([MANIFEST, GRAPH, WEIGHTS, *contents])
+    storages, template = _split(model)
+    contents[GRAPH] = template
+    weight_bytes = storages[-1].offset + storages[-1].nbytes if storages else 0
+    entries, text = _lay_out(manifest, contents, weight_bytes)
+    places = {entry.name: entry for entry in entries}
+    contents[GRAPH] = bind(template, external_tensors(template), _DEFAULT_NAME, places[WEIGHTS].start)
+    size = entries[-1].end + len(zip_layout.tail_bytes(entries))
+    with Replacement(target, size) as new:
+        digest, crc = _stream(new, storages, places[WEIGHTS])
+        contents[MANIFEST] = _manifest_text(manifest, entries, contents, digest)
+        if len(contents[MANIFEST]) != len(text):
+            raise AssertionError("the manifest's length depends on the weights")
+        crcs = {name: zlib.crc32(data) for name, data in contents.items()} | {WEIGHTS: crc}
+        _write_around(new, [replace(entry, crc=crcs[entry.name]) for entry in entries], contents)
+        EngineFile.open(new.temporary, check=True).close()
+        sha256 = _sha256(new.temporary)
+        _refuse_foreign(target)
+        new.commit()
+    return EngineSummary(size, weight_bytes, sha256)
+
+
+def _refuse_foreign(path: str) -> None:
+    """Raise EngineFormatError if `path` exists and is not an engine (a damaged engine may be replaced)."""
+    if not os.path.lexists(path):
+        return
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            start = file.read(zip_layout.ENTRY_ALIGNMENT + len(_MAGIC))
+        if start.startswith(b"PK\3\4") and start.endswith(_MAGIC):
+            return
+    raise EngineFormatError(f"{path} exists and is not an engine", hint="give another path, or remove it yourself")
+
+
+def _split(model: onnx_ir.Model) -> tuple[list[_Storage], bytes]:
+    """(what goes to weights.bin, the serialized model whose offsets count from the start of weights.bin)."""
+    storages: dict[Hashable, _Storage] = {}
+    external: dict[str, _Storage] = {}
+    end = 0
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            raise EngineFormatError(f"initializer {name!r} has no value")
+        if tensor.dtype == onnx_ir.DataType.STRING or tensor.nbytes < INLINE_BELOW:
+            continue
+        key = tensor.meta.get(STORAGE_KEY)
+        key = ("object", id(tensor)) if key is None else ("storage", key)
+        if key not in storages:
+            offset = -(-end // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+            storages[key] = _Storage(tensor, offset, tensor.nbytes)
+            end = offset + tensor.nbytes
+        if storages[key].nbytes != tensor.nbytes:
+            raise EngineFormatError(f"initializer {name!r} shares the bytes of a tensor of another size")
+        external[name] = storages[key]
+    return list(storages.values()), _serialize(model, external)
+
+
+def _serialize(model: onnx_ir.Model, external: Mapping[str, _Storage]) -> bytes:
+    """`model` as a serialized ModelProto without the bytes of the `external` initializers; the model stays as it is."""
+    initializers = model.graph.initializers
+    values = {name: initializers[name].const_value for name in external}
+    location = pad_location(_DEFAULT_NAME).decode()
+    try:
+        for name, tensor in values.items():
+            assert tensor is not None
+            initializers[name].const_value = onnx_ir.ExternalTensor(
+                location, 0, tensor.nbytes, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=name
+            )
+        proto = onnx_ir.serde.serialize_model(model)
+    finally:
+        for name, tensor in values.items():
+            initializers[name].const_value = tensor
+    for initializer in proto.graph.initializer:
+        if initializer.name in external:
+            _refer(initializer, location, external[initializer.name])
+    data: bytes = proto.SerializeToString(deterministic=True)
+    if len(external_tensors(data)) != len(external):
+        raise EngineFormatError("the model holds a small tensor with external data", hint="load it into memory first")
+    return data
+
+
+def _refer(initializer: onnx.TensorProto, location: str, storage: _Storage) -> None:
+    del initializer.external_data[:]
+    # of constant length, so that the size of graph.onnx is known before the place of the weights
+    offset = str(storage.offset).zfill(OFFSET_DIGITS)
+    for key, value in (("location", location), ("offset", offset), ("length", str(storage.nbytes))):
+        initializer.external_data.add(key=key, value=value)
+
+
+def _place(sizes: Sequence[tuple[str, int]]) -> list[Entry]:
+    """Entries of these (name, size) one after the other, each aligned; their checksums are still 0."""
+    skipped = [0] * len(sizes)
+    while True:
+        entries: list[Entry] = []
+        for index, (name, size) in enumerate(sizes):
+            step = zip_layout.alignment(name)
+            header = entries[-1].end if entries else 0
+            fixed = header + zip_layout.LOCAL_SIZE + len(name)
+            least = fixed + len(zip_layout.local_zip64(size)) + zip_layout.MIN_PADDING
+            start = (math.ceil(least / step) + skipped[index]) * step
+            if start - fixed > zip_layout.MAX_EXTRA:
+                # the padding is a few bytes longer than a header can hold: move the entry before it, and so this header
+                skipped[index - 1] += 1
+                break
+            entries.append(Entry(name, size, 0, header, start))
+        else:
+            return entries
+
+
+def _lay_out(
+    manifest: Mapping[str, Any], contents: Mapping[str, bytes], weight_bytes: int
+) -> tuple[list[Entry], bytes]:
+    """(the entries in their places, a manifest of the final length).
+
+    The manifest names the places, which depend on its length: both only grow from round to round, until they agree.
+    """
+    length = 0
+    while True:
+        sizes = {MANIFEST: length, WEIGHTS: weight_bytes} | {name: len(data) for name, data in contents.items()}
+        entries = _place([(name, sizes[name]) for name in zip_layout.order(list(sizes))])
+        text = _manifest_text(manifest, entries, contents, "0" * 64)
+        if len(text) == length:
+            break
+        length = len(text)
+    if entries[-1].end >= 10**OFFSET_DIGITS:
+        raise ResourceError("an engine has at most a terabyte", hint="choose a smaller model")
+    check_manifest(json.loads(text))
+    return entries, text
+
+
+def _manifest_text(
+    manifest: Mapping[str, Any], entries: Sequence[Entry], contents: Mapping[str, bytes], weights_sha256: str
+) -> bytes:
+    """manifest.json with keys in an order that does not depend on how the manifest was put together."""
+    listed: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry.name != MANIFEST:
+            digest = weights_sha256 if entry.name == WEIGHTS else hashlib.sha256(contents[entry.name]).hexdigest()
+            listed[entry.name] = {"offset": entry.start, "size": entry.size, "sha256": digest}
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    body = json.loads(json.dumps(dict(manifest), sort_keys=True, allow_nan=False))
+    text = json.dumps(head | body | head | {"entries": listed}, indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def _stream(new: Replacement, storages: Sequence[_Storage], weights: Entry) -> tuple[str, int]:
+    """Write weights.bin, one tensor in memory at a time; return its (sha256, CRC-32)."""
+    digest, crc, end = hashlib.sha256(), 0, 0
+    for storage in storages:
+        gap = memoryview(bytes(storage.offset - end))
+        for chunk in (gap, *_chunks(storage.tensor)):
+            new.write(chunk, weights.start + end)
+            digest.update(chunk)
+            crc = zlib.crc32(chunk, crc)
+            end += len(chunk)
+    return digest.hexdigest(), crc
+
+
+def _chunks(tensor: onnx_ir.TensorProtocol) -> Iterator[memoryview]:
+    """The tensor's little-endian bytes, from one evaluation; EngineFormatError if it is not what it declares."""
+    if tensor.dtype.bitwidth < 8:
+        data = memoryview(tensor.tobytes())
+        what = f"{len(data)} bytes"
+        right = len(data) == tensor.nbytes
+    else:
+        array = np.ascontiguousarray(tensor.numpy())
+        what = f"{array.dtype} {list(array.shape)}"
+        right = array.dtype == tensor.dtype.numpy() and array.shape == tuple(tensor.shape.numpy())
+        data = array.reshape(-1).view(np.uint8).data
+    if not right:
+        raise EngineFormatError(f"initializer {tensor.name!r} declares {tensor.dtype} {tensor.shape} but is {what}")
+    for at in range(0, len(data), _CHUNK):
+        yield data[at : at + _CHUNK]
+
+
+def _write_around(new: Replacement, entries: Sequence[Entry], contents: Mapping[str, bytes]) -> None:
+    """Write everything but the data of weights.bin."""
+    for entry in entries:
+        new.write(zip_layout.local_bytes(entry), entry.header)
+        if entry.name != WEIGHTS:
+            new.write(contents[entry.name], entry.start)
+    new.write(zip_layout.tail_bytes(entries), entries[-1].end)
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

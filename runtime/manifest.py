@@ -1,0 +1,132 @@
+"""manifest.json of an engine: what it must hold and how untrusted bytes become it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rqc.runtime.errors import EngineFormatError
+
+FORMAT = "rqc-engine"
+FORMAT_VERSION = 1
+MAX_MANIFEST = 64 << 20  # bytes
+_HINT = "copy or compile the engine again"
+
+# what a key holds if it is there: types, "positive" integers, and one of some words; nested keys behind a dot
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "target": str,
+    "scheme": str,
+    "method": str,
+    "group_size": int,
+    "context_length": int,
+    "graph": dict,
+    "graph.cache": str,
+    "graph.layers": int,
+    "graph.kv_heads": (int, list),
+    "graph.head_dim": (int, list),
+    "graph.cache_dtype": str,
+    "graph.vocab_size": int,
+    "generation": dict,
+    "generation.eos_token_ids": list,
+    "generation.bos_token_id": (int, type(None)),
+    "generation.pad_token_id": (int, type(None)),
+    "generation.add_bos": bool,
+    "architecture": dict,
+    "rotation": (dict, type(None)),
+    "provenance": dict,
+    "layers": list,
+    "parameters": int,
+    "weight_bytes": int,
+    "bits_per_weight": (int, float),
+}
+_POSITIVE = ("context_length", "graph.layers", "graph.kv_heads", "graph.head_dim", "graph.vocab_size")
+_WORDS = {"graph.cache": ("shared", "concat")}
+
+
+def _damaged(what: str) -> EngineFormatError:
+    return EngineFormatError(f"manifest.json: {what}", hint=_HINT)
+
+
+def parse_manifest(data: bytes) -> dict[str, Any]:
+    """The manifest in `data`, checked. Raises EngineFormatError; for a newer format the hint says to update rqc."""
+    try:
+        manifest = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer, parse_constant=_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise _damaged(f"not valid JSON ({str(error)[:80]})") from error
+    if not isinstance(manifest, dict):
+        raise _damaged("not a JSON object")
+    check_manifest(manifest)
+    return manifest
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return keys
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:  # turning millions of digits into a number takes minutes
+        raise ValueError("a number with too many digits")
+    return int(digits)
+
+
+def _constant(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise EngineFormatError if the manifest is not one of this format or a key holds what it cannot."""
+    if manifest.get("format") != FORMAT:
+        raise _damaged(f"format is {str(manifest.get('format'))[:40]!r} instead of {FORMAT!r}: not an rqc engine")
+    version: Any = manifest.get("format_version")
+    if not _is(version, int) or version < 1:
+        raise _damaged(f"format_version is {str(version)[:40]!r}")
+    if version > FORMAT_VERSION:
+        raise EngineFormatError(
+            f"the engine has format {version}; this rqc reads formats up to {FORMAT_VERSION}", hint="update rqc"
+        )
+    for key, kind in _TYPES.items():
+        holder, _, inner = key.partition(".")
+        value: Any = manifest.get(holder, ...)
+        if inner:
+            value = value.get(inner, ...) if isinstance(value, Mapping) else ...
+        if value is not ...:
+            _check_value(key, value, kind)
+    _check_entries(manifest.get("entries"))
+
+
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+    """isinstance, but True and False are no integers."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+
+
+def _check_value(key: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    if not _is(value, kind):
+        raise _damaged(f"{key} is {str(value)[:40]!r}")
+    items = value if isinstance(value, list) else [value]
+    if key in _POSITIVE and not all(_is(item, int) and item > 0 for item in items):
+        raise _damaged(f"{key} is {str(value)[:40]!r}, not positive")
+    if key in _WORDS and value not in _WORDS[key]:
+        raise _damaged(f"{key} is {value[:40]!r} instead of one of {', '.join(_WORDS[key])}")
+    if key == "generation.eos_token_ids" and not all(_is(item, int) for item in items):
+        raise _damaged(f"{key} is {str(value)[:40]!r}")
+
+
+def _check_entries(entries: object) -> None:
+    if not isinstance(entries, Mapping):
+        raise _damaged("entries is missing or no object")
+    for name, entry in entries.items():
+        if not isinstance(entry, Mapping) or set(entry) != {"offset", "size", "sha256"}:
+            raise _damaged(f"entries: {str(name)[:80]!r} has no offset, size and sha256")
+        places = (entry["offset"], entry["size"])
+        if not all(_is(value, int) and value >= 0 for value in places):
+            raise _damaged(f"entries: {str(name)[:80]!r} has offset and size {str(places)[:60]}")
+        if not isinstance(entry["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            raise _damaged(f"entries: {str(name)[:80]!r} has no valid sha256")
