@@ -1,1 +1,53 @@
-"""rqc: a Hugging Face model (and a LoRA adapter) in, one engine.plan for a small device out."""
+"""rqc: a Hugging Face model (and a LoRA adapter) in, one engine.plan for a small device out.
+
+Names are resolved on first use (PEP 562): `rqc.load` on a device imports neither torch nor the compiler.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rqc.runtime.engine import Engine
+    from rqc.runtime.errors import RqcError
+
+    load = Engine.load
+    __version__: str
+
+__all__ = ["Engine", "RqcError", "__version__", "compile", "load", "verify"]
+
+_HOMES = {
+    "Engine": ("rqc.runtime.engine", "Engine"),
+    "RqcError": ("rqc.runtime.errors", "RqcError"),
+    "compile": ("rqc.compiler.pipeline", "compile_model"),
+    "load": ("rqc.runtime.engine", "Engine.load"),
+    "verify": ("rqc.compiler.verify", "verify_engine"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rqc' has no attribute {name!r}")
+    module, path = _HOMES[name]
+    value: Any = import_module(module)
+    for part in path.split("."):
+        value = getattr(value, part)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """The installed version; a checkout that was never installed says so."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rqc")
+    except PackageNotFoundError:
+        return "0+uninstalled"
