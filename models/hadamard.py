@@ -1,6 +1,6 @@
 """Hadamard matrices of most orders, by construction, and an orthogonal stand-in for the orders that have none.
 
-A Hadamard matrix H of order n has entries +-1 and H H^T = n I; its order is 1, 2 or a multiple of 4. Nothing is tabulated:
+A Hadamard matrix H of order n has entries +-1 and H H^T = n I; n is 1, 2 or a multiple of 4. Nothing is tabulated:
 
 * Sylvester (1867): H_2 kron H_2 kron ...
 * Paley I (1933): order q + 1, q = 3 mod 4 a prime power. Not symmetric, so the side it is multiplied on matters.
@@ -20,6 +20,7 @@ from math import gcd, isqrt
 
 import numpy as np
 import numpy.typing as npt
+
 from rqc.runtime.errors import RotationError
 
 SignMatrix = npt.NDArray[np.int8]
@@ -29,16 +30,19 @@ LARGEST_WILLIAMSON_CLASSES = 11
 
 
 def constructible(n: int) -> bool:
-    """Whether `hadamard(n)` exists here. True for every power of two; false for any n that is odd or 2 mod 4, save 1 and 2."""
+    """Whether `hadamard(n)` can be built: any power of two, and most multiples of 4."""
     return _recipe(n) is not None
 
 
 @cache
 def hadamard(n: int) -> SignMatrix:
-    """A Hadamard matrix, int8 [n, n] of +-1 with H H^T = n I; the same one in every process. Raises RotationError if none is known."""
+    """A Hadamard matrix, int8 [n, n] of +-1 with H H^T = n I, the same one in every process.
+
+    Raises RotationError if it is not `constructible`.
+    """
     build = _recipe(n)
     if build is None:
-        raise RotationError(f"no Hadamard matrix of order {n} can be constructed", hint="use hartley(n), or blocks of a power of two")
+        raise RotationError(f"no Hadamard matrix of order {n} can be built", hint="use blocks, or hartley")
     matrix = build().astype(np.int8)
     matrix.flags.writeable = False
     return matrix
@@ -46,9 +50,10 @@ def hadamard(n: int) -> SignMatrix:
 
 @cache
 def hartley(n: int) -> npt.NDArray[np.float64]:
-    """The discrete Hartley matrix cas(2 pi i j / n) / sqrt(n), cas = cos + sin: float64 [n, n], symmetric, orthogonal, of any order n >= 1.
+    """The discrete Hartley matrix cas(2 pi i j / n) / sqrt(n), cas = cos + sin: float64 [n, n], symmetric, orthogonal.
 
-    Its entries are at most sqrt(2 / n), so it spreads an outlier almost as evenly as a Hadamard matrix does (Hartley, 1942).
+    It exists for every n >= 1 (RotationError below). Its entries are at most sqrt(2 / n), so it spreads an outlier
+    almost as evenly as a Hadamard matrix does (Hartley, 1942; Bracewell, 1983).
     """
     if n < 1:
         raise RotationError(f"a rotation of order {n} does not exist", hint="the order is a size and at least 1")
@@ -107,26 +112,27 @@ def _prime_power(q: int) -> tuple[int, int] | None:
 
 
 def _powers_of_x(p: int, tail: tuple[int, ...]) -> list[int]:
-    """x^0, x^1, ... in GF(p)[x] / (x^e - tail(x)) up to the first that is 1 again, or 0; polynomials as integers, digit i in base p for x^i.
+    """x^0, x^1, ... in GF(p)[x] / (x^e - tail(x)), up to the last before 1 comes again.
 
-    `tail` holds the e coefficients of tail(x), lowest first, tail[0] not 0 (then x is a unit and the walk is a cycle).
+    A polynomial is given as an integer, digit i in base p for x^i. `tail` holds the e coefficients of tail(x), lowest
+    first; tail[0] is not 0, so x is a unit and the walk a cycle.
     """
     place = [p**i for i in range(len(tail))]
     start = element = [1] + [0] * (len(tail) - 1)
     powers = []
     while True:
-        powers.append(sum(c * w for c, w in zip(element, place)))
+        powers.append(sum(c * w for c, w in zip(element, place, strict=True)))
         carry = element[-1]
-        element = [(c + carry * t) % p for c, t in zip([0, *element[:-1]], tail)]
+        element = [(c + carry * t) % p for c, t in zip([0, *element[:-1]], tail, strict=True)]
         if element == start:
             return powers
 
 
 def _quadratic_character(p: int, e: int) -> SignMatrix:
-    """chi over GF(p^e), p odd: int8 [q], 0 at zero, +1 at squares, -1 elsewhere; elements numbered by their digits in base p.
+    """chi over GF(q), q = p^e odd: int8 [q], 0 at zero, +1 at squares, -1 elsewhere; digits in base p name elements.
 
-    Searches for a polynomial modulo which x runs through all q - 1 other elements. Then every one of them is a unit, so the ring
-    is the field, and x generates it: the even powers of x are the squares.
+    Searches for a polynomial modulo which x runs through all q - 1 elements that are not zero. Then every one of them
+    is a unit, so the ring is the field, and x generates it: the even powers of x are the squares.
     """
     for tail in product(range(p), repeat=e):
         if tail[0] and len(powers := _powers_of_x(p, tail)) == p**e - 1:
@@ -134,15 +140,16 @@ def _quadratic_character(p: int, e: int) -> SignMatrix:
             chi[powers[0::2]] = 1
             chi[powers[1::2]] = -1
             return chi
-    raise RotationError(f"{p} is not a prime", hint="this is a fault in rqc: every finite field has a primitive polynomial")
+    raise RotationError(f"no field of {p}^{e} elements: {p} is not a prime", hint="this is a fault in rqc: report it")
 
 
 def _jacobsthal(p: int, e: int) -> SignMatrix:
     """chi(i - j) for i, j in GF(p^e): int8 [q, q]. Skew for q = 3 mod 4, symmetric for q = 1 mod 4."""
     place = p ** np.arange(e)
     digits = np.arange(p**e)[:, None] // place % p
-    difference: npt.NDArray[np.int64] = sum((np.subtract.outer(d, d) % p) * w for d, w in zip(digits.T, place))
-    return _quadratic_character(p, e)[difference]
+    difference: npt.NDArray[np.int64] = (digits[:, None] - digits) % p @ place
+    chi = _quadratic_character(p, e)
+    return chi[difference]
 
 
 def _paley_one(p: int, e: int) -> SignMatrix:
@@ -166,7 +173,7 @@ def _paley_two(p: int, e: int) -> SignMatrix:
 
 
 def _symmetry_classes(m: int) -> list[list[list[int]]]:
-    """Partitions of 1..m-1 into orbits under the group generated by -1 and u modulo m, for every unit u; few orbits first."""
+    """Partitions of 1..m-1 into orbits of the group of units generated by -1 and u, for every u; few orbits first."""
     partitions = {}
     for u in (u for u in range(1, m) if gcd(u, m) == 1):
         group = {s * pow(u, k, m) % m for k in range(m) for s in (1, -1)}
@@ -177,10 +184,10 @@ def _symmetry_classes(m: int) -> list[list[list[int]]]:
 
 @cache
 def _williamson_rows(m: int) -> SignMatrix | None:
-    """First rows, int8 [4, m] of +-1, of four symmetric circulants whose squares sum to 4 m I; None if the search finds none.
+    """First rows, int8 [4, m] of +-1, of four symmetric circulants whose squares sum to 4 m I; None if none is found.
 
-    Only rows constant on the orbits of a group of units are tried (Williamson's own restriction), two and two: the periodic
-    autocorrelations of one pair have to be the negatives of the other pair's at every shift.
+    Only rows constant on the orbits of a group of units are tried (Williamson's own restriction), two and two: at every
+    shift, the periodic autocorrelations of one pair have to be the negatives of the other pair's.
     """
     if m % 2 == 0 or m > LARGEST_WILLIAMSON:
         return None
@@ -203,7 +210,7 @@ def _four_that_cancel(vectors: npt.NDArray[np.int64]) -> list[int] | None:
     i, j = np.triu_indices(len(vectors))
     pair = keys[i] + keys[j]
     _, first, second = np.intersect1d(pair, -pair, return_indices=True)
-    for a, b in zip(first, second):
+    for a, b in zip(first, second, strict=True):
         found = [int(i[a]), int(j[a]), int(i[b]), int(j[b])]
         if not vectors[found].sum(0).any():
             return found

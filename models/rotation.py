@@ -1,8 +1,9 @@
-"""Rotations as values: which sites of a model are rotated, by which orthogonal matrices, and the hash that names that basis.
+"""Rotations as values: which sites of a model are rotated, by which matrices, and the hash that names that basis.
 
-Row vectors: a rotation Q takes an activation x to x Q. Sites are SpinQuant's: r1 the residual stream, r2 the value heads, r3 queries and
-keys after RoPE, r4 the input of the down projection. r1 and r2 are folded into weights and carry random signs; r3 and r4 stay in the
-graph as plain Hadamards, for signs would cost time there (r4's are free in the up projection: `Rotation.r4_signs`).
+Row vectors: a rotation Q takes an activation x to x Q. The sites are SpinQuant's (Liu et al., 2024): r1 the residual
+stream, r2 the value heads, r3 queries and keys after RoPE, r4 the input of the down projection. r1 and r2 are folded
+into weights and carry random signs; r3 and r4 stay in the graph as plain Hadamards, since signs would cost time there.
+Those of r4 are free in the up projection: `Rotation.r4_signs`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from rqc.models.hadamard import constructible, hadamard, hartley
 from rqc.runtime.errors import RotationError
 
@@ -29,7 +31,8 @@ LARGEST_BLOCK = 256  # 16 x 16: entries 1/4, exact in any float; the kernels tha
 class Orthogonal:
     """Q = diag(signs) (I_repeat kron F_1 kron F_2 ...): orthogonal [n, n], kept as its small factors.
 
-    factors: orthogonal float64 [a_k, a_k]; signs: float64 [n] of +-1, or None for all ones. Raises RotationError if the shapes disagree.
+    factors: orthogonal float64 [a_k, a_k]; signs: float64 [n] of +-1, or None for all ones. Raises RotationError if the
+    shapes disagree.
     """
 
     factors: tuple[Array, ...]
@@ -38,9 +41,10 @@ class Orthogonal:
 
     def __post_init__(self) -> None:
         if self.repeat < 1 or any(f.ndim != 2 or f.shape[0] != f.shape[1] for f in self.factors):
-            raise RotationError(f"bad factors of a rotation: {[f.shape for f in self.factors]}, repeated {self.repeat} times", hint="factors are square")
+            shapes = [f.shape for f in self.factors]
+            raise RotationError(f"a rotation of factors {shapes}, {self.repeat} times", hint="square, 1 or more times")
         if self.signs is not None and self.signs.shape != (self.n,):
-            raise RotationError(f"{self.signs.shape} signs for a rotation of order {self.n}", hint="one sign for each input channel")
+            raise RotationError(f"{self.signs.shape} signs for a rotation of order {self.n}", hint="one a channel")
 
     @property
     def n(self) -> int:
@@ -71,11 +75,11 @@ class Orthogonal:
     def _channels(self, x: npt.ArrayLike) -> Array:
         y = np.asarray(x, np.float64)
         if y.ndim < 1 or y.shape[-1] != self.n:
-            raise RotationError(f"a rotation of order {self.n} met a tensor of shape {y.shape}", hint="the last axis is the one rotated")
+            raise RotationError(f"a rotation of order {self.n} met shape {y.shape}", hint="the last axis is rotated")
         return y
 
     def _mix(self, x: Array, factors: Iterable[Array]) -> Array:
-        """x (I kron F_1 kron F_2 ...), factor by factor: [..., a, right] becomes F^T [a, right], which is x F when right is 1."""
+        """x (I kron F_1 kron F_2 ...), factor by factor: X [a, right] becomes F^T X; right is 1 for the last."""
         right, y = self.n // self.repeat, x
         for factor in factors:
             order = len(factor)
@@ -88,8 +92,8 @@ class Orthogonal:
 class Rotation:
     """The rotated sites of a model and how their matrices are made. Equal values give equal matrices, in any process.
 
-    sites: a subset of SITES. hadamard: 'full' mixes all n channels of a site, 'block' mixes blocks of a power of two up to 256.
-    seed: selects the signs of r1, r2 and r4. Raises RotationError for anything else.
+    sites: a subset of SITES. hadamard: 'full' mixes all n channels of a site, 'block' those in blocks of a power of two
+    up to 256. seed: selects the signs of r1, r2 and r4. Raises RotationError for anything else.
     """
 
     sites: frozenset[str]
@@ -98,7 +102,7 @@ class Rotation:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.sites) - set(SITES)):
-            raise RotationError(f"unknown rotation {', '.join(map(repr, unknown))}", hint=f"known: none, {', '.join(SITES)}")
+            raise RotationError(f"unknown rotation {', '.join(map(repr, unknown))}", hint=f"none or {', '.join(SITES)}")
         if self.hadamard not in KINDS:
             raise RotationError(f"unknown kind of Hadamard {self.hadamard!r}", hint=f"known: {', '.join(KINDS)}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -121,20 +125,23 @@ class Rotation:
         return _orthogonal("r4", self.hadamard, n, None) if "r4" in self.sites else None
 
     def r4_signs(self, n: int) -> Array:
-        """Random signs, float64 [n] of +-1, for the up projection's rows in front of `r4(n)`; all ones if r4 is off.
+        """Random signs s, float64 [n] of +-1, for the rows of up in front of `r4(n)`; all ones if r4 is off.
 
-        up <- diag(s) up and x <- x diag(s) in front of Q cancel: (act(gate) * up) diag(s) passes through the elementwise product.
+        The product act(gate) * up lets them through: up <- diag(s) up gives the whole rotation diag(s) Q, which
+        down <- down diag(s) Q undoes, at no cost in the graph.
         """
         return _signs("r4", n, self.seed) if "r4" in self.sites else np.ones(n)
 
     def basis(self, dims: Mapping[str, int | Sequence[int]]) -> str:
-        """sha256 (hex) of the matrices of the active sites at their orders, e.g. {"r1": 576, "r2": 64, "r4": [1536]}: what must agree
-        between two artefacts. Other sites' orders don't count, nor do repeats and the sequence of orders. RotationError if one is missing.
+        """sha256 (hex) of the matrices of the active sites at their orders, e.g. {"r1": 576, "r2": 64, "r4": [1536]}.
+
+        Two artefacts fit together if and only if it agrees. Orders of inactive sites don't count, nor do the sequence
+        and the multiplicity of orders. Raises RotationError if an active site's order is missing.
         """
         digest = hashlib.sha256(b"rqc rotation 1")
         for site in sorted(self.sites):
             if site not in dims:
-                raise RotationError(f"no order given for the rotation {site}", hint="name the size of every rotated site")
+                raise RotationError(f"no order given for the rotation {site}", hint="give every rotated site's size")
             sizes = dims[site]
             for n in sorted({sizes} if isinstance(sizes, int) else set(sizes)):
                 signs = _signs(site, n, self.seed) if site != "r3" else np.ones(n)
@@ -162,7 +169,10 @@ class Rotation:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Rotation:
-        """The inverse of `to_json`; a stored "basis" beside it is the caller's to compare. RotationError if a key is missing or wrong."""
+        """The inverse of `to_json`; a "basis" stored beside it is the caller's to compare.
+
+        Raises RotationError if a key is missing or its value wrong.
+        """
         if missing := [key for key in ("sites", "hadamard", "seed") if key not in value]:
             raise RotationError(f"a stored rotation lacks {', '.join(missing)}", hint="write it with Rotation.to_json")
         sites = value["sites"]
@@ -174,19 +184,19 @@ class Rotation:
 @cache
 def _orthogonal(site: str, kind: str, n: int, seed: int | None) -> Orthogonal:
     """The matrix of one site at order n; `seed` None leaves the signs out."""
+    if n < 1:
+        raise RotationError(f"a rotation of order {n} does not exist", hint="the order is a size and at least 1")
     repeat, factors = _block(n) if kind == "block" else (1, _full(n))
     return Orthogonal(factors, repeat, None if seed is None else _signs(site, n, seed))
 
 
 @cache
 def _full(n: int) -> tuple[Array, ...]:
-    """Factors of a rotation that mixes all n channels: the most balanced n = a b, a >= b, with Hadamards of both orders.
+    """Factors of a rotation that mixes all n channels: the most balanced n = a b, a >= b, both orders Hadamard.
 
-    The cost of the product is a + b per channel, so 1536 is 48 x 32. Where no such pair exists (n odd or 2 mod 4, say), a Hartley matrix
-    takes the first place beside a Hadamard.
+    The product costs a + b per channel, so 1536 is 48 x 32. Where no such pair exists (n odd or 2 mod 4, say), a
+    Hartley matrix takes the first place beside a Hadamard.
     """
-    if n < 1:
-        raise RotationError(f"a rotation of order {n} does not exist", hint="the order is a size and at least 1")
     pairs = sorted(((a, n // a) for a in range(1, n + 1) if n % a == 0), key=sum)
     for a, b in pairs:
         if a >= b and constructible(a) and constructible(b):
@@ -224,7 +234,7 @@ def _signs(site: str, n: int, seed: int) -> Array:
 
 
 def _update(digest: hashlib._Hash, q: Orthogonal, signs: Array) -> None:
-    """Hash a matrix through its factors, rounded to 2^-24 so that the last bit of another libm's sine doesn't change the result."""
+    """Hash diag(signs) Q by its factors, rounded to 2^-24: the last bit of some libm's sine must not matter."""
     digest.update(f"repeat {q.repeat}".encode())
     for factor in q.factors:
         digest.update(f"factor {len(factor)}".encode())
