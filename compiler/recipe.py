@@ -1,0 +1,211 @@
+"""The options of a compile as one checked value: what flags, recipe files (TOML) and `rqc.compile(...)` all become.
+
+A flag overrides the recipe file, which overrides the default. Keys of a file are the names of the flags, with - or _.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rqc.compiler.scheme import SCHEMES, Scheme
+from rqc.models.rotation import KINDS, SITES, Rotation
+from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError, TargetError
+
+TARGETS = ("onnx",)
+GROUP_SIZES = (16, 32, 64, 128, 256, -1)
+TABLE_BITS = (4, 8, 16, 32)
+METHODS = ("rtn",)
+CLIPS = ("none", "mse")
+TIED = ("keep", "untie")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every option of a compile. Raises an RqcError that names the allowed values for anything else.
+
+    rotate: "auto", or the rotated sites (none of them: no rotation). embedding_bits, head_bits: 16 and 32 are floats; None is the
+    scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships; samples and length in windows, tokens.
+    """
+
+    target: str = "onnx"
+    scheme: Scheme = SCHEMES["w4a8"]
+    group_size: int = 32
+    symmetric: bool = True
+    clip: Literal["none", "mse"] = "mse"
+    method: str = "rtn"
+    rotate: Literal["auto"] | frozenset[str] = "auto"
+    rotation_seed: int = 0
+    hadamard: str = "full"
+    tied: str = "keep"
+    embedding_bits: int | None = None
+    head_bits: int | None = None
+    max_memory: int | None = None
+    calibration: Path | None = None
+    calibration_samples: int = 64
+    calibration_length: int = 512
+
+    def __post_init__(self) -> None:
+        _one_of("target", self.target, TARGETS, TargetError)
+        _one_of("group_size", self.group_size, GROUP_SIZES, SchemeError)
+        _one_of("clip", self.clip, CLIPS, SchemeError)
+        _one_of("method", self.method, METHODS, SchemeError)
+        _one_of("tied", self.tied, TIED, SchemeError)
+        _one_of("hadamard", self.hadamard, KINDS, RotationError)
+        for name in ("embedding_bits", "head_bits"):
+            if getattr(self, name) is not None:
+                _one_of(name, getattr(self, name), TABLE_BITS, SchemeError)
+        for name, least in (("rotation_seed", 0), ("calibration_samples", 1), ("calibration_length", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}", hint=f"{name} is {least} or more")
+        if self.max_memory is not None and self.max_memory < 1:
+            raise InputError(f"max_memory is {self.max_memory}", hint="a size such as 4GiB or 512MiB")
+        if self.rotate != "auto":
+            Rotation(self.rotate, self.hadamard, self.rotation_seed)  # raises RotationError for unknown sites
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """The rotation asked for, which may have no sites; None where it is chosen by measurement (`auto`)."""
+        return None if self.rotate == "auto" else Rotation(self.rotate, self.hadamard, self.rotation_seed)
+
+    def table_bits(self, *, tied: bool) -> tuple[int, int]:
+        """(embedding, head) bits of a model whose two tables are `tied` or not; 16 and 32 are floats.
+
+        Tied tables that are kept as one have one width: the one given holds for both, two different ones raise SchemeError.
+        """
+        default = 8 if self.scheme.quantized else self.scheme.weight_bits
+        embedding, head = self.embedding_bits, self.head_bits
+        if tied and self.tied == "keep":
+            if embedding is not None and head is not None and embedding != head:
+                raise SchemeError(
+                    f"embedding_bits {embedding} and head_bits {head} for one tied table",
+                    hint="give both the same value, or --tied untie",
+                )
+            embedding = head = embedding if embedding is not None else head
+        return (embedding if embedding is not None else default, head if head is not None else default)
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain values, readable by `from_values`."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        rotate = "auto" if self.rotate == "auto" else ",".join(sorted(self.rotate)) or "none"
+        return {
+            **{name: value for name, value in plain.items() if value is not None},
+            "scheme": self.scheme.name,
+            "rotate": rotate,
+            **({} if self.calibration is None else {"calibration": str(self.calibration)}),
+        }
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Recipe:
+        """A recipe from loosely typed values by name (keyword arguments, flags, a parsed file); a value of None is the default.
+
+        Raises InputError for an unknown name, with the nearest known one, and for a value of the wrong type.
+        """
+        known = [field.name for field in fields(cls)]
+        parsed: dict[str, Any] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if name not in known:
+                raise InputError(f"unknown option {key!r} of a compile", hint=_near_miss(name, known))
+            if name in parsed:
+                raise InputError(f"option {key!r} is given twice", hint="- and _ are the same in names")
+            if value is not None:
+                parsed[name] = _parse(name, value)
+        return cls(**parsed)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Recipe:
+        """The recipe in a TOML file. Raises InputError naming file and key."""
+        return cls.layered(Path(path), {})
+
+    @classmethod
+    def layered(cls, path: Path | None, flags: Mapping[str, Any]) -> Recipe:
+        """Flags (None: not given) over the recipe file (None: no file) over the defaults."""
+        given = {name: value for name, value in flags.items() if value is not None}
+        if path is None:
+            return cls.from_values(given)
+        values = _read_toml(path)
+        try:
+            cls.from_values(values)  # the file's own mistakes, even where a flag would hide them
+        except RqcError as error:
+            raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
+        return cls.from_values({**{key.replace("-", "_"): value for key, value in values.items()}, **given})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 4GiB, 1.5 GB, 512MiB or 1048576. Raises InputError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?\s*", text, re.IGNORECASE)
+    if not found:
+        raise InputError(f"{text!r} is no size", hint="a size is a number and a unit, such as 4GiB, 512MiB or 8GB")
+    number, unit, binary = found.groups()
+    power = "kmgt".index(unit.lower()) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def _parse(name: str, value: Any) -> Any:
+    """`value` as the field `name` holds it. Raises the field's RqcError."""
+    if name == "scheme":
+        return value if isinstance(value, Scheme) else Scheme.parse(_typed(name, value, str))
+    if name == "rotate":
+        return _parse_rotate(value)
+    if name == "max_memory":
+        return parse_size(value) if isinstance(value, str) else _typed(name, value, int)
+    if name == "calibration":
+        return Path(_typed(name, value, (str, Path)))
+    if name == "symmetric":
+        return _typed(name, value, bool)
+    texts = ("target", "clip", "method", "hadamard", "tied")
+    return _typed(name, value, str if name in texts else int)
+
+
+def _parse_rotate(value: Any) -> Literal["auto"] | frozenset[str]:
+    """'auto', 'none', 'r1,r4', or names in a list."""
+    if isinstance(value, str):
+        if value.strip() == "auto":
+            return "auto"
+        names = [name.strip() for name in value.split(",")]
+    elif isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value):
+        names = list(value)
+    else:
+        raise InputError(f"rotate is {value!r}", hint=f"auto, none, or a list of {', '.join(SITES)}")
+    if names != ["none"] and (unknown := [name for name in names if name not in SITES]):
+        raise RotationError(f"unknown rotation {unknown[0]!r}", hint=f"auto, none, or a list of {', '.join(SITES)}")
+    return Rotation.parse(names).sites
+
+
+def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
+    """`value`, if it is of that kind; True and False are no integers."""
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    words = {str: "text", int: "a whole number", bool: "true or false", (str, Path): "a path"}
+    raise InputError(f"{name} is {value!r}", hint=f"{name} is {words[kind]}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...], error: type[RqcError]) -> None:
+    if value not in allowed:
+        raise error(f"{name} {value!r} is not available", hint=f"allowed: {', '.join(map(str, allowed))}")
+
+
+def _near_miss(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """The file's keys; a relative calibration path starts from the file's folder."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the recipe {path} cannot be read: {error.strerror}", hint="name a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the recipe {path} is not valid TOML: {error}", hint='lines such as scheme = "w4a16"'
+        ) from error
+    if isinstance(values.get("calibration"), str):
+        values["calibration"] = str(path.parent / values["calibration"])
+    return values
