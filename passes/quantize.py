@@ -1,0 +1,164 @@
+"""Quantize weights in blocks along their input: W ← (codes − z) · s, as DequantizeLinear in front of the linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from rqc.models.description import EMBEDDING, HEAD, Description
+from rqc.models.grid import Grid, Quantized
+from rqc.models.quantized import LazyQuantized
+from rqc.passes.base import QUANTIZED, Pass, insert_before, lazy_initializer, weight_of
+from rqc.passes.ties import is_tied
+
+SIGNED = {2: (ir.DataType.INT4, ml_dtypes.int4), 4: (ir.DataType.INT4, ml_dtypes.int4), 8: (ir.DataType.INT8, np.int8)}
+UNSIGNED = {2: (ir.DataType.UINT4, ml_dtypes.uint4), 4: (ir.DataType.UINT4, ml_dtypes.uint4), 8: (ir.DataType.UINT8, np.uint8)}
+
+
+class QuantizeLinears(Pass):
+    """W ← (codes − z) s on `grid`, for every claimed linear but the routers; rounding to nearest, blocks along the input."""
+
+    exact = False
+
+    def __init__(self, description: Description, grid: Grid) -> None:
+        super().__init__()
+        self.description = description
+        self.grid = grid
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for claim in self.description.claims:
+            value = model.graph.initializers.get(claim.weight)
+            weight = weight_of(value)
+            if claim.quantized and value is not None and weight is not None:
+                dequantize_before_use(model, value, LazyQuantized((weight,), self.grid))
+                modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+
+class QuantizeTables(Pass):
+    """E ← (codes − z) s for the embedding, and the head; one table when they are tied. None leaves that end in float."""
+
+    exact = False
+
+    def __init__(self, embedding: Grid | None, head: Grid | None) -> None:
+        super().__init__()
+        self.grids = {EMBEDDING: embedding, HEAD: head}
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        tied = is_tied(model)
+        for name, grid in self.grids.items():
+            value = model.graph.initializers.get(name)
+            weight = weight_of(value)
+            if value is None or weight is None or grid is None or (tied and name == HEAD):
+                continue
+            if tied and HEAD in model.graph.initializers:
+                _join(model, value)
+            dequantize_before_use(model, value, LazyQuantized((weight,), grid))
+            modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def table_grid(bits: int, hidden_size: int, group_size: int, symmetric: bool, clip: str) -> Grid | None:
+    """The grid of an embedding or head: the wanted group, or the largest one below that divides the hidden size.
+
+    A gather reads whole rows, so its blocks cannot be padded (a padded row would come out wider). None if no block divides.
+    """
+    wanted = 256 if group_size == -1 else group_size
+    for block in (256, 128, 64, 32, 16):
+        if block <= wanted and hidden_size % block == 0:
+            return Grid(bits, block, symmetric, "mse" if clip == "mse" else "none")
+    return None
+
+
+def _join(model: ir.Model, embedding: ir.Value) -> None:
+    """Let the head read the embedding's table, where the importer gave it a name of its own."""
+    head = model.graph.initializers.pop(HEAD)
+    for user, index in list(head.uses()):
+        user.replace_input_with(index, embedding)
+
+
+def dequantize_before_use(model: ir.Model, value: ir.Value, quantized: LazyQuantized) -> None:
+    """Put codes, scales (and zero points) in the place of a float initializer, behind one DequantizeLinear."""
+    name = value.name or ""
+    inputs = [_lazy(model, f"{name}.{part}", *spec, quantized) for part, spec in _tensors(quantized).items()]
+    node = ir.node(
+        "DequantizeLinear",
+        inputs,
+        attributes={"axis": 1, "block_size": quantized.block},
+        name=f"{name}/DequantizeLinear",
+        metadata_props={QUANTIZED: name},
+    )
+    output = node.outputs[0]
+    output.name, output.shape, output.type = f"{name}.dequantized", value.shape, ir.TensorType(ir.DataType.FLOAT)
+    users = list(value.uses())
+    first = min((user for user, _ in users), key=list(model.graph).index)
+    insert_before(first, [node])
+    for user, index in users:
+        user.replace_input_with(index, output)
+    del model.graph.initializers[name]
+
+
+Spec = tuple[ir.DataType, tuple[int, int], Callable[[Quantized], np.ndarray]]
+
+
+def _tensors(quantized: LazyQuantized) -> dict[str, Spec]:
+    """Type, shape and value of each tensor; symmetric grids take signed codes and no zero point."""
+    grid, blocks = quantized.grid, (quantized.shape[0], quantized.groups)
+    storage, center = grid.storage_bits, grid.center
+    signed, stype = SIGNED[storage]
+    unsigned, utype = UNSIGNED[storage]
+    scales: Spec = (ir.DataType.FLOAT, blocks, lambda q: q.scales)
+    if grid.symmetric:
+        return {
+            "codes": (signed, quantized.shape, lambda q: (q.codes.astype(np.int16) - center).astype(np.int8).astype(stype)),
+            "scales": scales,
+        }
+    return {
+        "codes": (unsigned, quantized.shape, lambda q: q.codes.astype(utype)),
+        "scales": scales,
+        "zero_points": (unsigned, blocks, lambda q: _zeros(q).astype(utype)),
+    }
+
+
+def _zeros(quantized: Quantized) -> np.ndarray:
+    assert quantized.zero_points is not None
+    return quantized.zero_points
+
+
+def _lazy(
+    model: ir.Model,
+    name: str,
+    dtype: ir.DataType,
+    shape: tuple[int, ...],
+    value: Callable[[Quantized], np.ndarray],
+    quantized: LazyQuantized,
+) -> ir.Value:
+    return lazy_initializer(model, name, quantized_tensor(name, dtype, shape, value, quantized))
+
+
+def quantized_tensor(
+    name: str,
+    dtype: ir.DataType,
+    shape: tuple[int, ...],
+    value: Callable[[Quantized], np.ndarray],
+    quantized: LazyQuantized,
+) -> ir.LazyTensor:
+    """One tensor (codes, scales or zero points in some form) of a quantized weight, evaluated when it is written."""
+    tensor = ir.LazyTensor(
+        lambda: ir.Tensor(value(quantized.get()), dtype=dtype, name=name), dtype=dtype, shape=ir.Shape(shape), name=name
+    )
+    tensor.meta[QUANTIZED] = quantized
+    return tensor
+
+
+def quantized_of(value: ir.Value | None) -> LazyQuantized | None:
+    """The lazy quantized weight behind a tensor, or None."""
+    if value is None or value.const_value is None:
+        return None
+    found = value.const_value.meta.get(QUANTIZED)
+    return found if isinstance(found, LazyQuantized) else None
