@@ -29,8 +29,9 @@ TIED = ("keep", "untie")
 class Recipe:
     """Every option of a compile. Raises an RqcError that names the allowed values for anything else.
 
-    rotate: "auto", or the rotated sites (none of them: no rotation). embedding_bits, head_bits: 16 and 32 are floats; None is the
-    scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships; samples and length in windows, tokens.
+    rotate: "auto", or the rotated sites (none of them: no rotation). embedding_bits, head_bits: 16 and 32 are floats;
+    None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships;
+    calibration_samples windows of calibration_length tokens are read from it.
     """
 
     target: str = "onnx"
@@ -76,7 +77,8 @@ class Recipe:
     def table_bits(self, *, tied: bool) -> tuple[int, int]:
         """(embedding, head) bits of a model whose two tables are `tied` or not; 16 and 32 are floats.
 
-        Tied tables that are kept as one have one width: the one given holds for both, two different ones raise SchemeError.
+        Tied tables that are kept as one have one width: the one given holds for both, two different ones raise
+        SchemeError.
         """
         default = 8 if self.scheme.quantized else self.scheme.weight_bits
         embedding, head = self.embedding_bits, self.head_bits
@@ -102,7 +104,7 @@ class Recipe:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Recipe:
-        """A recipe from loosely typed values by name (keyword arguments, flags, a parsed file); a value of None is the default.
+        """A recipe from values by name (keyword arguments, flags, a parsed file); a value of None is the default.
 
         Raises InputError for an unknown name, with the nearest known one, and for a value of the wrong type.
         """
@@ -188,7 +190,7 @@ def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...], error: type[RqcError]) -> None:
     if value not in allowed:
-        raise error(f"{name} {value!r} is not available", hint=f"allowed: {', '.join(map(str, allowed))}")
+        raise error(f"{name} {value!r} is not available in this version", hint=f"allowed: {', '.join(map(str, allowed))}")
 
 
 def _near_miss(name: str, known: list[str]) -> str:
