@@ -190,7 +190,7 @@ def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...], error: type[RqcError]) -> None:
     if value not in allowed:
-        raise error(f"{name} {value!r} is not available in this version", hint=f"allowed: {', '.join(map(str, allowed))}")
+        raise error(f"{name} {value!r} is not available here", hint=f"allowed: {', '.join(map(str, allowed))}")
 
 
 def _near_miss(name: str, known: list[str]) -> str:
