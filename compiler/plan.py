@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import stat
 import zlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +16,13 @@ import numpy as np
 import onnx
 import onnx_ir
 
-from rqc.compiler.replace_file import Replacement
+from rqc.compiler.replace_file import Replacement, explained
 from rqc.runtime import zip_layout
-from rqc.runtime.container import TENSOR_ALIGNMENT, EngineFile, check_file_name
+from rqc.runtime.container import EngineFile, check_path
 from rqc.runtime.errors import EngineFormatError, ResourceError
-from rqc.runtime.manifest import FORMAT, FORMAT_VERSION, check_manifest
+from rqc.runtime.manifest import FORMAT, FORMAT_VERSION, parse_manifest
 from rqc.runtime.onnx_walk import OFFSET_DIGITS, bind, external_tensors, pad_location
+from rqc.runtime.tensors import TENSOR_ALIGNMENT, locate_tensors
 from rqc.runtime.zip_layout import GRAPH, MANIFEST, WEIGHTS, Entry
 
 INLINE_BELOW = 1024  # bytes: smaller tensors stay in graph.onnx, where shape inference sees them
@@ -58,8 +60,7 @@ def write_engine(
     Raises EngineFormatError if `path` is something else than an engine or the parts make no sound engine, InputError if
     `path` cannot be written, ResourceError if the disk is full; then, as on any exception, nothing is left behind.
     """
-    target = os.path.realpath(os.fspath(path))
-    check_file_name(os.path.basename(target))
+    target = check_path(path)
     _refuse_foreign(target)
     contents = {name: bytes(files[name]) for name in files}
     if reserved := set(contents) & {MANIFEST, GRAPH, WEIGHTS}:
@@ -68,15 +69,17 @@ def write_engine(
     storages, template = _split(model)
     contents[GRAPH] = template
     weight_bytes = storages[-1].offset + storages[-1].nbytes if storages else 0
-    entries, text = _lay_out(manifest, contents, weight_bytes)
-    places = {entry.name: entry for entry in entries}
-    contents[GRAPH] = bind(template, external_tensors(template), _DEFAULT_NAME, places[WEIGHTS].start)
+    entries = _lay_out(manifest, {name: len(data) for name, data in contents.items()} | {WEIGHTS: weight_bytes})
+    weights = next(entry for entry in entries if entry.name == WEIGHTS)
+    contents[GRAPH] = bind(template, external_tensors(template), _DEFAULT_NAME, weights.start)
+    locate_tensors(
+        external_tensors(contents[GRAPH]), weights
+    )  # what the reader refuses shows before the hours of folding
     size = entries[-1].end + len(zip_layout.tail_bytes(entries))
     with Replacement(target, size) as new:
-        digest, crc = _stream(new, storages, places[WEIGHTS])
-        contents[MANIFEST] = _manifest_text(manifest, entries, contents, digest)
-        if len(contents[MANIFEST]) != len(text):
-            raise AssertionError("the manifest's length depends on the weights")
+        digest, crc = _stream(new, storages, weights)
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()} | {WEIGHTS: digest}
+        contents[MANIFEST] = _manifest_text(manifest, entries, digests)
         crcs = {name: zlib.crc32(data) for name, data in contents.items()} | {WEIGHTS: crc}
         _write_around(new, [replace(entry, crc=crcs[entry.name]) for entry in entries], contents)
         EngineFile.open(new.temporary, check=True).close()
@@ -88,13 +91,14 @@ def write_engine(
 
 def _refuse_foreign(path: str) -> None:
     """Raise EngineFormatError if `path` exists and is not an engine (a damaged engine may be replaced)."""
-    if not os.path.lexists(path):
-        return
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            start = file.read(zip_layout.ENTRY_ALIGNMENT + len(_MAGIC))
-        if start.startswith(b"PK\3\4") and start.endswith(_MAGIC):
+    with explained(path):
+        if not os.path.lexists(path):
             return
+        if stat.S_ISREG(os.stat(path).st_mode):
+            with open(path, "rb") as file:
+                start = file.read(zip_layout.ENTRY_ALIGNMENT + len(_MAGIC))
+            if start.startswith(b"PK\3\4") and start.endswith(_MAGIC):
+                return
     raise EngineFormatError(f"{path} exists and is not an engine", hint="give another path, or remove it yourself")
 
 
@@ -173,36 +177,32 @@ def _place(sizes: Sequence[tuple[str, int]]) -> list[Entry]:
             return entries
 
 
-def _lay_out(
-    manifest: Mapping[str, Any], contents: Mapping[str, bytes], weight_bytes: int
-) -> tuple[list[Entry], bytes]:
-    """(the entries in their places, a manifest of the final length).
+def _lay_out(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Entry]:
+    """The entries of these sizes and of the manifest in their places.
 
     The manifest names the places, which depend on its length: both only grow from round to round, until they agree.
     """
     length = 0
     while True:
-        sizes = {MANIFEST: length, WEIGHTS: weight_bytes} | {name: len(data) for name, data in contents.items()}
-        entries = _place([(name, sizes[name]) for name in zip_layout.order(list(sizes))])
-        text = _manifest_text(manifest, entries, contents, "0" * 64)
+        given = {**sizes, MANIFEST: length}
+        entries = _place([(name, given[name]) for name in zip_layout.order(list(given))])
+        text = _manifest_text(manifest, entries, dict.fromkeys(given, "0" * 64))
         if len(text) == length:
             break
         length = len(text)
     if entries[-1].end >= 10**OFFSET_DIGITS:
         raise ResourceError("an engine has at most a terabyte", hint="choose a smaller model")
-    check_manifest(json.loads(text))
-    return entries, text
+    parse_manifest(text)
+    return entries
 
 
-def _manifest_text(
-    manifest: Mapping[str, Any], entries: Sequence[Entry], contents: Mapping[str, bytes], weights_sha256: str
-) -> bytes:
+def _manifest_text(manifest: Mapping[str, Any], entries: Sequence[Entry], digests: Mapping[str, str]) -> bytes:
     """manifest.json with keys in an order that does not depend on how the manifest was put together."""
-    listed: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        if entry.name != MANIFEST:
-            digest = weights_sha256 if entry.name == WEIGHTS else hashlib.sha256(contents[entry.name]).hexdigest()
-            listed[entry.name] = {"offset": entry.start, "size": entry.size, "sha256": digest}
+    listed = {
+        entry.name: {"offset": entry.start, "size": entry.size, "sha256": digests[entry.name]}
+        for entry in entries
+        if entry.name != MANIFEST
+    }
     head = {"format": FORMAT, "format_version": FORMAT_VERSION}
     body = json.loads(json.dumps(dict(manifest), sort_keys=True, allow_nan=False))
     text = json.dumps(head | body | head | {"entries": listed}, indent=1, ensure_ascii=False, allow_nan=False)
@@ -212,31 +212,37 @@ def _manifest_text(
 def _stream(new: Replacement, storages: Sequence[_Storage], weights: Entry) -> tuple[str, int]:
     """Write weights.bin, one tensor in memory at a time; return its (sha256, CRC-32)."""
     digest, crc, end = hashlib.sha256(), 0, 0
+
+    def append(data: memoryview) -> None:
+        nonlocal crc, end
+        new.write(data, weights.start + end)
+        digest.update(data)
+        crc = zlib.crc32(data, crc)
+        end += len(data)
+
     for storage in storages:
-        gap = memoryview(bytes(storage.offset - end))
-        for chunk in (gap, *_chunks(storage.tensor)):
-            new.write(chunk, weights.start + end)
-            digest.update(chunk)
-            crc = zlib.crc32(chunk, crc)
-            end += len(chunk)
+        append(memoryview(bytes(storage.offset - end)))
+        _evaluate(storage.tensor, append)
     return digest.hexdigest(), crc
 
 
-def _chunks(tensor: onnx_ir.TensorProtocol) -> Iterator[memoryview]:
-    """The tensor's little-endian bytes, from one evaluation; EngineFormatError if it is not what it declares."""
+def _evaluate(tensor: onnx_ir.TensorProtocol, append: Callable[[memoryview], None]) -> None:
+    """Give the tensor's little-endian bytes to `append`, from one evaluation whose array is gone on return.
+
+    Raises EngineFormatError if the tensor is not what it declares.
+    """
     if tensor.dtype.bitwidth < 8:
         data = memoryview(tensor.tobytes())
-        what = f"{len(data)} bytes"
-        right = len(data) == tensor.nbytes
+        right, what = len(data) == tensor.nbytes, f"{len(data)} bytes"
     else:
         array = np.ascontiguousarray(tensor.numpy())
-        what = f"{array.dtype} {list(array.shape)}"
         right = array.dtype == tensor.dtype.numpy() and array.shape == tuple(tensor.shape.numpy())
+        what = f"{array.dtype}{list(array.shape)}"
         data = array.reshape(-1).view(np.uint8).data
     if not right:
-        raise EngineFormatError(f"initializer {tensor.name!r} declares {tensor.dtype} {tensor.shape} but is {what}")
+        raise EngineFormatError(f"initializer {tensor.name!r} declares {tensor.dtype}{tensor.shape} but is {what}")
     for at in range(0, len(data), _CHUNK):
-        yield data[at : at + _CHUNK]
+        append(data[at : at + _CHUNK])
 
 
 def _write_around(new: Replacement, entries: Sequence[Entry], contents: Mapping[str, bytes]) -> None:

@@ -19,7 +19,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
+def explained(path: str) -> Iterator[None]:
     """Turn the operating system's refusals to write beside `path` into errors that name cause and way out."""
     try:
         yield
@@ -98,7 +98,7 @@ class Replacement:
 
     def __enter__(self) -> Replacement:
         try:
-            with _explained(self.path):
+            with explained(self.path):
                 remove_abandoned(self.path)
                 self._create()
                 self._reserve()
@@ -136,14 +136,14 @@ class Replacement:
     def write(self, data: bytes | memoryview, place: int) -> None:
         """Write `data` at byte `place`."""
         rest = memoryview(data)
-        with _explained(self.path):
+        with explained(self.path):
             while rest:
                 done = os.pwrite(self._descriptor, rest, place)
                 rest, place = rest[done:], place + done
 
     def commit(self) -> None:
         """Sync the file and let it take the place of the old one."""
-        with _explained(self.path):
+        with explained(self.path):
             os.fsync(self._descriptor)
             os.replace(self.temporary, self.path)
             self.temporary = ""
@@ -154,12 +154,14 @@ class Replacement:
                 os.close(folder)
 
     def _discard(self) -> None:
-        if self.temporary:
-            os.unlink(self.temporary)
+        try:
+            if self.temporary:
+                os.unlink(self.temporary)
+        finally:
             self.temporary = ""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,7 +10,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,60 +19,22 @@ from rqc.runtime import zip_layout
 from rqc.runtime.errors import EngineFormatError, InputError, ResourceError
 from rqc.runtime.manifest import MAX_MANIFEST, parse_manifest
 from rqc.runtime.onnx_walk import ExternalRef, bind, external_tensors, pad_location
+from rqc.runtime.tensors import TensorEntry, TensorView, locate_tensors
 from rqc.runtime.zip_layout import GRAPH, MANIFEST, WEIGHTS, Entry
 
-TENSOR_ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+__all__ = ["EngineFile", "TensorEntry", "check_path"]
+
 MAX_GRAPH = (1 << 31) - 1  # bytes: the largest protobuf message
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # bytes
 _HINT = "copy or compile the engine again"
 _RAW_PLANS = (b"ptrt", b"ftrt")  # the first bytes of a serialized TensorRT engine
-
-# ONNX data type -> (name, bits of an element, numpy type of the view); packed types are viewed as their bytes
-_TYPES: dict[int, tuple[str, int, str]] = {
-    1: ("float32", 32, "<f4"),
-    2: ("uint8", 8, "u1"),
-    3: ("int8", 8, "i1"),
-    4: ("uint16", 16, "<u2"),
-    5: ("int16", 16, "<i2"),
-    6: ("int32", 32, "<i4"),
-    7: ("int64", 64, "<i8"),
-    9: ("bool", 8, "?"),
-    10: ("float16", 16, "<f2"),
-    11: ("float64", 64, "<f8"),
-    12: ("uint32", 32, "<u4"),
-    13: ("uint64", 64, "<u8"),
-    16: ("bfloat16", 16, "<u2"),
-    17: ("float8_e4m3fn", 8, "u1"),
-    19: ("float8_e5m2", 8, "u1"),
-    21: ("uint4", 4, "u1"),
-    22: ("int4", 4, "u1"),
-    25: ("uint2", 2, "u1"),
-    26: ("int2", 2, "u1"),
-}
-
-
-class TensorEntry(NamedTuple):
-    """A tensor in weights.bin, at byte `offset` of the engine file; `dtype` is numpy's or ml_dtypes' name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-class TensorView(NamedTuple):
-    """How numpy sees a tensor's bytes: types that numpy lacks as unsigned integers, packed ones as flat bytes."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
 
 
 class EngineFile:
     """An open engine. Everything but the weights was hashed at `open`; `check` hashes the weights too.
 
     `path` is the real path (ONNX Runtime refuses a link that leaves its folder), `directory` its folder, `manifest` the
-    parsed manifest, `tensors` the tensors of weights.bin by name.
+    parsed manifest, `tensors` the tensors of weights.bin by name, `size_bytes` the size of the file.
     """
 
     def __init__(self, path: str, descriptor: int, size_bytes: int) -> None:
@@ -92,11 +54,10 @@ class EngineFile:
     def open(cls, path: str | os.PathLike[str], check: bool = False) -> EngineFile:
         """Open and check the engine at `path`; with `check`, hash the weights too.
 
-        Raises InputError if there is no readable file or its name cannot be bound, EngineFormatError if it is no sound
-        engine.
+        Raises InputError if there is no readable file or ONNX Runtime could not be given its path, EngineFormatError if
+        it is no sound engine, ResourceError if it cannot be read to its end.
         """
-        real = os.path.realpath(os.fspath(path))
-        _location(os.path.basename(real))
+        real = check_path(path)
         descriptor, size = _open_regular(real)
         engine = cls(real, descriptor, size)
         try:
@@ -112,22 +73,26 @@ class EngineFile:
         return engine
 
     def _load(self) -> None:
-        _refuse_others(self._read_at(0, min(self.size_bytes, 64)))
+        _refuse_others(self._read_at(0, min(self.size_bytes, 4)))
         entries = zip_layout.read_directory(self._read_at, self.size_bytes)
         names = [entry.name for entry in entries]
-        if names[:3] != [MANIFEST, GRAPH, WEIGHTS] or names != zip_layout.order(names):
-            raise EngineFormatError(f"its entries are not {MANIFEST}, {GRAPH}, {WEIGHTS}, then by name", hint=_HINT)
-        self._entries = {entry.name: entry for entry in entries}
+        if names[:1] != [MANIFEST]:
+            raise EngineFormatError(f"not an rqc engine: a ZIP file that does not begin with {MANIFEST}", hint=_HINT)
         # the manifest first: if it names a newer format, nothing after this line is held against the file
         self.manifest = self._read_manifest(entries[0])
+        if names != zip_layout.order(names):
+            raise EngineFormatError(f"its entries are not {MANIFEST}, {GRAPH}, {WEIGHTS}, then by name", hint=_HINT)
         zip_layout.verify_structure(self._read_at, entries, self.size_bytes)
+        self._entries = {entry.name: entry for entry in entries}
         self._match_manifest()
         for name in names:
             if name not in (MANIFEST, WEIGHTS):
                 self._verify(name)
-        graph = self.read(GRAPH)
-        self._refs = external_tensors(graph)
-        self._check_tensors(graph)
+        self._refs = external_tensors(self.read(GRAPH))
+        tensors = locate_tensors(self._refs, self._entries[WEIGHTS])
+        self.tensors = {name: entry for name, (entry, _) in tensors.items()}
+        self._views = {name: view for name, (_, view) in tensors.items()}
+        self.graph()  # finds a location that cannot be bound
 
     def _read_at(self, place: int, length: int) -> bytes:
         """`length` bytes from byte `place` of the file; EngineFormatError if it ends before that."""
@@ -164,27 +129,9 @@ class EngineFile:
         if self._entries[GRAPH].size > MAX_GRAPH:
             raise EngineFormatError(f"{GRAPH} has more than {MAX_GRAPH} bytes", hint=_HINT)
 
-    def _chunks(self, entry: Entry) -> Iterator[bytes]:
-        for place in range(entry.start, entry.end, _CHUNK):
-            yield self._read_at(place, min(_CHUNK, entry.end - place))
-
     def _verify(self, name: str) -> None:
-        """Raise EngineFormatError if the entry's bytes have another sha256 or CRC-32 than the engine says."""
-        entry, digest, crc = self._entries[name], hashlib.sha256(), 0
-        for chunk in self._chunks(entry):
-            digest.update(chunk)
-            crc = zlib.crc32(chunk, crc)
-        if crc != entry.crc or (name != MANIFEST and digest.hexdigest() != self.manifest["entries"][name]["sha256"]):
-            raise EngineFormatError(f"{name} is damaged: its checksum differs", hint=_HINT)
-
-    def _check_tensors(self, graph: bytes) -> None:
-        """Fill `tensors`, or raise EngineFormatError for one that does not lie in weights.bin as the format says."""
-        weights = self._entries[WEIGHTS]
-        # binding once finds a location of another length; what the location says is replaced by `graph` and never used
-        bind(graph, self._refs, os.fsencode(os.path.basename(self.path)))
-        for ref in self._refs:
-            self._views[ref.name], self.tensors[ref.name] = _tensor(ref, weights)
-        _check_spans({(entry.offset, entry.nbytes): entry.name for entry in self.tensors.values()}, weights)
+        for _ in self.chunks(name):
+            pass
 
     def names(self) -> list[str]:
         """The entries' names in the order of the file."""
@@ -194,24 +141,43 @@ class EngineFile:
         """Whether the engine holds an entry `name`."""
         return name in self._entries
 
-    def read(self, name: str) -> bytes:
-        """The bytes of the entry `name`, hashed again as they are read. Raises EngineFormatError."""
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of the entry `name` piece by piece.
+
+        Raises EngineFormatError if there is no such entry, and after the last piece if their sha256 or CRC-32 is wrong.
+        """
         if name not in self._entries:
             raise EngineFormatError(f"{self.path} holds no {name!r}; it holds {', '.join(self._entries)}")
-        entry = self._entries[name]
-        data = self._read_at(entry.start, entry.size)
-        if zlib.crc32(data) != entry.crc or (
-            name != MANIFEST and hashlib.sha256(data).hexdigest() != self.manifest["entries"][name]["sha256"]
-        ):
+        entry, digest, crc = self._entries[name], hashlib.sha256(), 0
+        for place in range(entry.start, entry.end, _CHUNK):
+            chunk = self._read_at(place, min(_CHUNK, entry.end - place))
+            digest.update(chunk)
+            crc = zlib.crc32(chunk, crc)
+            yield chunk
+        # the manifest cannot hold its own hash
+        if crc != entry.crc or (name != MANIFEST and digest.hexdigest() != self.manifest["entries"][name]["sha256"]):
             raise EngineFormatError(f"{name} is damaged: its checksum differs", hint=_HINT)
-        return data
+
+    def read(self, name: str) -> bytes:
+        """The bytes of the entry `name`, hashed again as they are read. Raises EngineFormatError as `chunks` does."""
+        return b"".join(self.chunks(name))
 
     def graph(self) -> bytes:
         """The ONNX model whose external data lies in this very file, by name in `directory`.
 
-        ONNX Runtime needs the session option session.model_external_initializers_file_folder_path = `directory`.
+        ONNX Runtime needs the option session.model_external_initializers_file_folder_path = `directory`, and reads the
+        weights by that path: call `confirm_path` when the session is there.
         """
         return bind(self.read(GRAPH), self._refs, os.fsencode(os.path.basename(self.path)))
+
+    def confirm_path(self) -> None:
+        """Raise EngineFormatError if by now another file is at `path`: its weights are not this engine's."""
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise EngineFormatError(f"{self.path} was replaced while it was loaded", hint="load it again")
 
     def standalone_graph(self) -> bytes:
         """The ONNX model whose external data lies in a file weights.bin beside it: what `extract` writes."""
@@ -251,20 +217,17 @@ class EngineFile:
         self.close()
 
 
-def _location(name: str) -> bytes:
-    """The padded location of an engine called `name`; InputError if it has none."""
+def check_path(path: str | os.PathLike[str]) -> str:
+    """The real path of `path`. Raises InputError unless an engine can lie there: UTF-8, a name of at most 254 bytes."""
     try:
-        name.encode()  # ONNX Runtime takes paths as UTF-8
-        return pad_location(os.fsencode(name))
+        real = os.path.realpath(os.fspath(path))
+        real.encode()  # ONNX Runtime takes paths as UTF-8
+        pad_location(os.fsencode(os.path.basename(real)))
     except UnicodeEncodeError as error:
-        raise InputError(f"the file name {name!r} is not valid UTF-8", hint="rename the engine") from error
+        raise InputError(f"the path {os.fspath(path)!r} is not valid UTF-8", hint="rename the engine") from error
     except ValueError as error:
-        raise InputError(str(error), hint="rename the engine to a shorter name") from error
-
-
-def check_file_name(name: str) -> None:
-    """Raise InputError unless an engine can be called `name`: valid UTF-8, at most 254 bytes."""
-    _location(name)
+        raise InputError(f"{os.fspath(path)!r}: {error}", hint="give the engine a shorter name") from error
+    return real
 
 
 def _open_regular(path: str) -> tuple[int, int]:
@@ -273,8 +236,8 @@ def _open_regular(path: str) -> tuple[int, int]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a named pipe must not block
     except FileNotFoundError as error:
         raise InputError(f"there is no file {path}", hint="give the path of an engine, e.g. engine.plan") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path!r} cannot be opened ({error})", hint="give the path of a readable engine") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened ({error.strerror})", hint="give a readable engine") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
@@ -287,43 +250,9 @@ def _refuse_others(start: bytes) -> None:
     """Raise EngineFormatError, saying what it is, if a file with these first bytes cannot be an engine."""
     if not start:
         raise EngineFormatError("the file is empty", hint=_HINT)
-    if start[:4] in _RAW_PLANS:
+    if start in _RAW_PLANS:
         raise EngineFormatError(
             "a raw TensorRT plan, not an rqc engine", hint="run it with TensorRT, or give the engine it was built from"
         )
     if not start.startswith(b"PK"):
         raise EngineFormatError("not an rqc engine: it does not begin as a ZIP file does", hint=_HINT)
-
-
-def _tensor(ref: ExternalRef, weights: Entry) -> tuple[TensorView, TensorEntry]:
-    """The tensor of a reference, checked on its own: type, shape, length, alignment, bounds."""
-    place = f"tensor {ref.name!r}"
-    if ref.data_type not in _TYPES:
-        raise EngineFormatError(f"{place} has ONNX data type {ref.data_type}, which engines do not hold", hint=_HINT)
-    name, bits, numpy_type = _TYPES[ref.data_type]
-    if any(dim < 0 for dim in ref.shape) or len(ref.shape) > 16:
-        raise EngineFormatError(f"{place} has shape {ref.shape[:17]}", hint=_HINT)
-    nbytes = -(-math.prod(ref.shape) * bits // 8)
-    if nbytes != ref.length:
-        raise EngineFormatError(
-            f"{place} of type {name} and shape {ref.shape} has {ref.length} bytes instead of {nbytes}", hint=_HINT
-        )
-    if ref.offset % TENSOR_ALIGNMENT:
-        raise EngineFormatError(f"{place} at byte {ref.offset} is not aligned to {TENSOR_ALIGNMENT} bytes", hint=_HINT)
-    if not weights.start <= ref.offset <= weights.end - ref.length:
-        raise EngineFormatError(f"{place} at byte {ref.offset} lies outside {WEIGHTS}", hint=_HINT)
-    view = TensorView(np.dtype(numpy_type), ref.shape if bits >= 8 else (nbytes,))
-    return view, TensorEntry(ref.name, name, ref.shape, ref.offset, ref.length)
-
-
-def _check_spans(spans: dict[tuple[int, int], str], weights: Entry) -> None:
-    """Raise EngineFormatError unless the (offset, length) spans fill weights.bin, each at the next aligned byte."""
-    end = weights.start
-    for (offset, length), name in sorted(spans.items()):
-        expected = -(-end // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
-        if offset != expected:
-            how = "overlaps the tensor before it" if offset < end else "leaves a gap before it"
-            raise EngineFormatError(f"tensor {name!r} at byte {offset} {how}", hint=_HINT)
-        end = offset + length
-    if end != weights.end:
-        raise EngineFormatError(f"{WEIGHTS} has {weights.end - end} bytes after its last tensor", hint=_HINT)

@@ -11,15 +11,12 @@ from rqc.runtime.errors import EngineFormatError
 
 FORMAT = "rqc-engine"
 FORMAT_VERSION = 1
-MAX_MANIFEST = 64 << 20  # bytes
+MAX_MANIFEST = 16 << 20  # bytes
 _HINT = "copy or compile the engine again"
 
-# what a key holds if it is there: types, "positive" integers, and one of some words; nested keys behind a dot
+# what a key that the runtime relies on holds, if it is there; nested keys behind a dot
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "target": str,
-    "scheme": str,
-    "method": str,
-    "group_size": int,
     "context_length": int,
     "graph": dict,
     "graph.cache": str,
@@ -37,9 +34,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "rotation": (dict, type(None)),
     "provenance": dict,
     "layers": list,
-    "parameters": int,
-    "weight_bytes": int,
-    "bits_per_weight": (int, float),
 }
 _POSITIVE = ("context_length", "graph.layers", "graph.kv_heads", "graph.head_dim", "graph.vocab_size")
 _WORDS = {"graph.cache": ("shared", "concat")}

@@ -66,6 +66,8 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int
     while at < end:
         key, at = _varint(data, at, end)
         number, wire = key >> 3, key & 7
+        if number == 0 or key >> 32:  # other parsers drop the bits above 32, and would see another field here
+            raise _damaged(f"an invalid field number before byte {at}")
         if wire == _VARINT:
             value, at = _varint(data, at, end)
             yield number, wire, value, at
@@ -76,7 +78,7 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int
             size = 4 if wire == _FIXED32 else 8
         else:
             raise _damaged(f"protobuf wire type {wire} before byte {at}")
-        if number == 0 or size > end - at:
+        if size > end - at:
             raise _damaged(f"a field before byte {at} does not fit in its message")
         yield number, wire, at, at + size
         at += size
@@ -134,7 +136,7 @@ def _tensor(data: bytes, start: int, end: int, *, allowed: bool) -> ExternalRef 
             else:
                 numbers[number] = first
         elif number == 1:
-            dims += [first] if wire == _VARINT else _packed(data, first, after)
+            dims += [first] if wire == _VARINT else _packed(data, first, after, wire)
         elif number in _DATA_FIELDS:
             payload = _DATA_FIELDS[number]
     if not entries and numbers[14] == 0:
@@ -147,7 +149,9 @@ def _tensor(data: bytes, start: int, end: int, *, allowed: bool) -> ExternalRef 
     return _reference(data, name, numbers[2], shape, entries)
 
 
-def _packed(data: bytes, at: int, end: int) -> list[int]:
+def _packed(data: bytes, at: int, end: int, wire: int) -> list[int]:
+    if wire != _BYTES:
+        raise _damaged(f"a shape with wire type {wire}")
     values = []
     while at < end:
         value, at = _varint(data, at, end)
@@ -187,7 +191,7 @@ def pad_location(name: bytes) -> bytes:
 
 
 def bind(model: bytes, refs: list[ExternalRef], name: bytes, shift: int = 0) -> bytes:
-    """`model` with every reference of `refs` (those of this very model) pointing into the file `name`, moved by `shift`."""
+    """`model` with every reference of `refs` (its own) pointing into the file `name`, `shift` bytes further on."""
     location = pad_location(name)
     bound = bytearray(model)
     for ref in refs:
