@@ -188,12 +188,12 @@ def test_clip_search_ends_on_any_input() -> None:
     assert (squared_error(w, q, 4096) <= squared_error(w, quantize(w, Grid(2, -1)), 4096)).all()
 
 
-@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (4, 32), (4, -1)])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_row_depends_on_itself_alone(group: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_depends_on_itself_alone(bits: int, group: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Permuted rows give permuted results; threads and the size of a work item change nothing."""
     w = weights(96, 312)
-    grid = Grid(4, group, symmetric, "mse")
+    grid = Grid(bits, group, symmetric, "mse")
     q = quantize(w, grid)
     order = np.random.default_rng(0).permutation(96)
     p = quantize(w[order], grid)
@@ -204,6 +204,16 @@ def test_a_row_depends_on_itself_alone(group: int, symmetric: bool, monkeypatch:
     for chunk, threads in ((1, 1), (1, 4), (2000, 3), (1 << 20, None)):
         monkeypatch.setattr(grid_module, "_CHUNK", chunk)
         assert same(quantize(w, grid, threads=threads), q)
+
+
+def test_clip_search_of_a_block_ends_whatever_its_neighbours_do() -> None:
+    """A block with a second, deeper minimum behind a barrier: rows that search longer must not carry it across."""
+    w = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+    w[5] = [1, *[0.17] * 15]
+    grid = Grid(2, 16, clip="mse")
+    together, alone = quantize(w, grid), quantize(w[5:6], grid)
+    assert alone.scales == -0.5
+    assert together.scales[5] == alone.scales
 
 
 def test_a_transposed_or_float64_weight_gives_the_same() -> None:

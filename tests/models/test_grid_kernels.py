@@ -107,6 +107,17 @@ def test_activation_codes_of_whole_tokens_zeros_and_tails() -> None:
     assert np.array_equal(fake_quantize_activations(x, -1, bits=4), codes * scales)
 
 
+@pytest.mark.filterwarnings("error")
+def test_activation_codes_do_not_depend_on_the_unit() -> None:
+    x = np.random.default_rng(3).standard_normal((4, 50)).astype(np.float32)
+    codes, scales = activation_codes(x, 16)
+    for exponent in (-110, 110):
+        moved, moved_scales = activation_codes(np.ldexp(x, exponent), 16)
+        np.testing.assert_array_equal(moved, codes)
+        np.testing.assert_array_equal(moved_scales, np.ldexp(scales, exponent))
+    assert not activation_codes(np.ldexp(x, -135), 16)[0].any()  # 127 / m would overflow
+
+
 @pytest.mark.parametrize("bits", [2, 3, 6, 8])
 def test_activation_error_is_at_most_half_a_step(bits: int) -> None:
     x = np.random.default_rng(bits).standard_normal((50, 96)).astype(np.float32)
