@@ -51,12 +51,18 @@ class _Storage:
 
 
 def write_engine(
-    path: str | os.PathLike[str], model: onnx_ir.Model, manifest: Mapping[str, Any], files: Mapping[str, bytes]
+    path: str | os.PathLike[str],
+    model: onnx_ir.Model,
+    manifest: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> EngineSummary:
     """Write `model`, `manifest` and `files` (entry name -> bytes) as the engine at `path`, over one that is there.
 
     Initializers of the main graph from 1 KiB on go to weights.bin, evaluated once and one after the other; those with
     the same `tensor.meta["rqc.storage"]` share their bytes. The file depends on the arguments alone, not on `path`.
+    `progress` hears (label, bytes done, bytes in all) after every tensor.
     Raises EngineFormatError if `path` is something else than an engine or the parts make no sound engine, InputError if
     `path` cannot be written, ResourceError if the disk is full; then, as on any exception, nothing is left behind.
     """
@@ -72,12 +78,11 @@ def write_engine(
     entries = _lay_out(manifest, {name: len(data) for name, data in contents.items()} | {WEIGHTS: weight_bytes})
     weights = next(entry for entry in entries if entry.name == WEIGHTS)
     contents[GRAPH] = bind(template, external_tensors(template), _DEFAULT_NAME, weights.start)
-    locate_tensors(
-        external_tensors(contents[GRAPH]), weights
-    )  # what the reader refuses shows before the hours of folding
+    # what the reader refuses shows here, and not after the hours of folding
+    locate_tensors(external_tensors(contents[GRAPH]), weights)
     size = entries[-1].end + len(zip_layout.tail_bytes(entries))
     with Replacement(target, size) as new:
-        digest, crc = _stream(new, storages, weights)
+        digest, crc = _stream(new, storages, weights, progress)
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()} | {WEIGHTS: digest}
         contents[MANIFEST] = _manifest_text(manifest, entries, digests)
         crcs = {name: zlib.crc32(data) for name, data in contents.items()} | {WEIGHTS: crc}
@@ -209,7 +214,12 @@ def _manifest_text(manifest: Mapping[str, Any], entries: Sequence[Entry], digest
     return text.encode() + b"\n"
 
 
-def _stream(new: Replacement, storages: Sequence[_Storage], weights: Entry) -> tuple[str, int]:
+def _stream(
+    new: Replacement,
+    storages: Sequence[_Storage],
+    weights: Entry,
+    progress: Callable[[str, int, int], None] | None,
+) -> tuple[str, int]:
     """Write weights.bin, one tensor in memory at a time; return its (sha256, CRC-32)."""
     digest, crc, end = hashlib.sha256(), 0, 0
 
@@ -223,6 +233,8 @@ def _stream(new: Replacement, storages: Sequence[_Storage], weights: Entry) -> t
     for storage in storages:
         append(memoryview(bytes(storage.offset - end)))
         _evaluate(storage.tensor, append)
+        if progress is not None:
+            progress("weights", end, storages[-1].offset + storages[-1].nbytes)
     return digest.hexdigest(), crc
 
 
