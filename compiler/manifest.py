@@ -1,0 +1,197 @@
+"""What an engine says of itself: manifest.json and the files that travel with the weights."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from rqc.compiler.importer import Imported
+from rqc.compiler.recipe import Recipe
+from rqc.models.algebra import dimensions
+from rqc.models.description import HEAD
+from rqc.models.quantized import LazyQuantized
+from rqc.models.rotation import Rotation
+from rqc.models.weights import Weight
+from rqc.passes.base import LINEAR, ONLINE, QUANTIZED, STORAGE, WEIGHT
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+OTHER_FILES = ("config.json", "generation_config.json")
+PACKAGES = ("onnx", "onnx-ir", "mobius-onnx", "numpy")
+
+
+def manifest_of(imported: Imported, model: ir.Model, recipe: Recipe, rotation: Rotation) -> dict[str, Any]:
+    """manifest.json for a lowered graph."""
+    a = imported.description.architecture
+    parameters = parameter_count(imported)
+    weight_bytes = stored_bytes(model)
+    active = sorted(rotation.sites)
+    return {
+        "target": recipe.target,
+        "scheme": recipe.scheme.name,
+        "group_size": recipe.group_size,
+        "symmetric": recipe.symmetric,
+        "clip": recipe.clip,
+        "method": recipe.method,
+        "rotation": {
+            "sites": active,
+            "hadamard": rotation.hadamard,
+            "seed": rotation.seed,
+            "basis": rotation.basis(dimensions(imported.description)) if active else None,
+        },
+        "tied": recipe.tied if a.tied else None,
+        "embedding_bits": recipe.table_bits(tied=a.tied)[0],
+        "head_bits": recipe.table_bits(tied=a.tied)[1],
+        "adapter": None,
+        "kv_cache": "float",
+        "activations": activation_grid(recipe),
+        "context_length": a.context_length,
+        "generation": generation(imported),
+        "architecture": a.to_json(),
+        "graph": graph_facts(model, imported),
+        "parameters": parameters,
+        "weight_bytes": weight_bytes,
+        "bits_per_weight": round(8 * weight_bytes / parameters, 4),
+        "layers": layers(model),
+        "provenance": {
+            "rqc": metadata.version("rqc"),
+            "model": imported.checkpoint.fingerprint(),
+            "packages": {name: metadata.version(name) for name in PACKAGES},
+        },
+    }
+
+
+def activation_grid(recipe: Recipe) -> str:
+    """The grid on which activations lie, in the words of `inspect`; PyTorch's reference reproduces it."""
+    bits = recipe.scheme.activation_bits
+    if bits == 8:
+        return "int8 per token and weight block, by the kernel (MatMulNBits accuracy_level 4)"
+    if recipe.scheme.quantizes_activations:
+        return f"{bits}-bit per token, symmetric, quantize-dequantize in float32"
+    return "float32"
+
+
+def graph_facts(model: ir.Model, imported: Imported) -> dict[str, Any]:
+    """How the runtime must drive the graph."""
+    a = imported.description.architecture
+    shared = any(node.op_type == "GroupQueryAttention" for node in model.graph)
+    return {
+        "cache": "shared" if shared else "concat",
+        "layers": a.layers,
+        "kv_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "cache_dtype": "float32",
+        "vocab_size": a.vocab_size,
+    }
+
+
+def parameter_count(imported: Imported) -> int:
+    """Parameters of the model; a tied table counts once."""
+    tensors = imported.checkpoint.tensors
+    tied = imported.description.architecture.tied
+    return sum(prod(info.shape) for name, info in tensors.items() if not (tied and name == HEAD))
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of weights in the engine: everything that came from the checkpoint; constants of the graph do not count."""
+    sizes: dict[object, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and (QUANTIZED in tensor.meta or WEIGHT in tensor.meta):
+            key = tensor.meta.get(STORAGE)
+            sizes[id(tensor) if key is None else key] = tensor.nbytes
+    return sum(sizes.values())
+
+
+def layers(model: ir.Model) -> list[dict[str, Any]]:
+    """Every linear and table of the graph: what it is stored as and which operator runs it; online rotations counted by site."""
+    rows = []
+    for node in model.graph:
+        name = node.metadata_props.get(LINEAR)
+        if name is None and node.op_type not in ("GatherBlockQuantized",):
+            continue
+        found = [value.const_value.meta for value in node.inputs if value is not None and value.const_value is not None]
+        quantized = next((meta[QUANTIZED] for meta in found if isinstance(meta.get(QUANTIZED), LazyQuantized)), None)
+        weight = next((meta[WEIGHT] for meta in found if isinstance(meta.get(WEIGHT), Weight)), None)
+        rows.append({"name": name or "model.embed_tokens.weight", "op": node.op_type, **_form(node, quantized, weight)})
+    online: dict[str, int] = {}
+    for node in model.graph:
+        if ONLINE in node.metadata_props and node.op_type == "MatMul":
+            online[node.metadata_props[ONLINE]] = online.get(node.metadata_props[ONLINE], 0) + 1
+    rows += [{"name": f"online {site}", "op": "MatMul", "count": count} for site, count in sorted(online.items())]
+    return rows
+
+
+def _form(node: ir.Node, quantized: LazyQuantized | None, weight: Weight | None) -> dict[str, Any]:
+    if quantized is None:
+        return {"bits": 32, "shape": list(weight.shape) if weight is not None else None}
+    level = node.attributes.get("accuracy_level")
+    return {
+        "bits": quantized.grid.bits,
+        "storage_bits": node.attributes["bits"].as_int(),
+        "group_size": quantized.grid.group_size,
+        "block_size": quantized.block,
+        "symmetric": quantized.grid.symmetric,
+        "accuracy_level": None if level is None else level.as_int(),
+        "shape": list(quantized.shape),
+    }
+
+
+def generation(imported: Imported) -> dict[str, Any]:
+    """Special token ids, from generation_config.json where it has them, else from config.json."""
+    config = {**imported.config, **_json(imported.checkpoint.directory / "generation_config.json")}
+    eos = config.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    bos, pad = config.get("bos_token_id"), config.get("pad_token_id")
+    tokenizer = _json(imported.checkpoint.directory / "tokenizer_config.json")
+    return {
+        "eos_token_ids": [int(token) for token in ids],
+        "bos_token_id": bos,
+        "pad_token_id": pad,
+        "add_bos": bool(tokenizer.get("add_bos_token")) and not _adds_bos(imported.checkpoint.directory, bos),
+    }
+
+
+def _adds_bos(directory: Path, bos: int | None) -> bool:
+    """Whether tokenizer.json puts the beginning-of-text token in by itself."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return False
+    from tokenizers import Tokenizer
+
+    return bool(Tokenizer.from_file(str(path)).encode("a").ids[:1] == [bos])
+
+
+def engine_files(imported: Imported, report: dict[str, Any]) -> dict[str, bytes]:
+    """The files of the model directory that a device needs, and report.json."""
+    directory = imported.checkpoint.directory
+    files = {
+        name: (directory / name).read_bytes() for name in (*TOKENIZER_FILES, *OTHER_FILES) if (directory / name).is_file()
+    }
+    if "tokenizer.json" not in files:
+        converted = _converted_tokenizer(directory)
+        if converted is not None:
+            files["tokenizer.json"] = converted
+    files["report.json"] = json.dumps(report, indent=1, sort_keys=True).encode()
+    return files
+
+
+def _converted_tokenizer(directory: Path) -> bytes | None:
+    """tokenizer.json of a model that only has a sentencepiece or vocabulary file; None where there is no tokenizer at all."""
+    if not any((directory / name).is_file() for name in ("tokenizer.model", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    backend = getattr(AutoTokenizer.from_pretrained(directory, local_files_only=True), "backend_tokenizer", None)
+    return None if backend is None else str(backend.to_str()).encode()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = json.loads(path.read_text())
+    return value if isinstance(value, dict) else {}

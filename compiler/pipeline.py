@@ -1,0 +1,150 @@
+"""The compiler: model_dir → engine.plan. What it does is the list that `passes_of` returns."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from rqc.compiler import manifest as manifests
+from rqc.compiler.importer import Imported, import_model
+from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
+from rqc.compiler.plan import EngineSummary, write_engine
+from rqc.compiler.recipe import Recipe
+from rqc.compiler.frames import score_frames
+from rqc.compiler.sizes import Estimate, check_memory, estimate
+from rqc.compiler.targets.onnx import lowering, packing
+from rqc.models.description import Description
+from rqc.models.grid import Grid
+from rqc.models.quantized import forget
+from rqc.models.rotation import Rotation
+from rqc.passes.base import Pass
+from rqc.passes.norms import FuseNormGains
+from rqc.passes.quantize import QuantizeLinears, QuantizeTables, table_grid
+from rqc.passes.rotate import Rotate
+from rqc.passes.ties import Untie
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What a compile did. Sizes in bytes, times in seconds."""
+
+    engine: str | None
+    size_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    passes: list[PassRecord]
+    rotation: dict[str, Any]
+    sha256: str | None = None
+    estimate: Estimate | None = None
+    survival: dict[str, float] | None = None
+    parity: dict[str, Any] | None = field(default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report with the keys of `rqc compile --json`."""
+        return {
+            "engine": self.engine,
+            "size_bytes": self.size_bytes,
+            "seconds": round(self.seconds, 3),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "passes": [record.to_json() for record in self.passes],
+            "rotation": self.rotation,
+            "survival": self.survival,
+            "parity": self.parity,
+            "sha256": self.sha256,
+            "estimate": None if self.estimate is None else self.estimate.to_json(),
+        }
+
+
+def passes_of(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
+    """THE list: exact folds, the online halves, the lossy grid, the kernels' form, activations, the target."""
+    return [*frame(recipe, description, rotation), *grids(recipe, description), *packing(recipe, description), *lowering()]
+
+
+def frame(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
+    """The basis in which the model is quantized. Norm gains are folded only where R1 needs them out of its way."""
+    untie: list[Pass] = [Untie()] if recipe.tied == "untie" and description.architecture.tied else []
+    norms: list[Pass] = [FuseNormGains(description)] if "r1" in rotation.sites else []
+    return [*untie, *norms, *([Rotate(description, rotation)] if rotation.sites else [])]
+
+
+def grids(recipe: Recipe, description: Description) -> list[Pass]:
+    """Weights onto their block grids, embedding and head onto theirs."""
+    if not recipe.scheme.quantized:
+        return []
+    a = description.architecture
+    embedding, head = (
+        table_grid(bits, a.hidden_size, recipe.group_size, recipe.symmetric, recipe.clip) if bits < 16 else None
+        for bits in recipe.table_bits(tied=a.tied)
+    )
+    grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip)
+    return [QuantizeLinears(description, grid), QuantizeTables(embedding, head)]
+
+
+def compile_model(
+    model_dir: str | Path,
+    output: str | Path | None,
+    *,
+    recipe: Recipe | None = None,
+    verify_each: bool = False,
+    dump_ir: Path | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> CompileReport:
+    """Compile a Hugging Face model directory into an engine.
+
+    With `dry_run` nothing is read but headers and nothing is written: the report holds passes and estimates.
+    Raises an RqcError: unusable input, an option that does not fit the model, a pass that fails its check, no memory or disk.
+    """
+    started = time.perf_counter()
+    recipe = recipe or Recipe()
+    instruments = Instruments(verify_each, dump_ir, progress or Silent())
+    imported = import_model(model_dir)
+    rotation, verdict = _rotation(recipe, imported)
+    model, description = imported.model, imported.description
+    instruments.run(model, passes_of(recipe, description, rotation))
+    estimated = estimate(model)
+    check_memory(estimated, recipe.max_memory)
+    summary = None
+    if not dry_run:
+        if output is None:
+            raise ValueError("a compile needs an output path unless it is a dry run")
+        summary = _write(Path(output), imported, model, recipe, rotation, verdict, instruments.progress)
+    return CompileReport(
+        engine=None if dry_run else str(output),
+        size_bytes=estimated.size_bytes if summary is None else summary.size_bytes,
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        passes=instruments.records,
+        rotation=verdict,
+        sha256=None if summary is None else summary.sha256,
+        estimate=estimated,
+    )
+
+
+def _rotation(recipe: Recipe, imported: Imported) -> tuple[Rotation, dict[str, Any]]:
+    """The rotation to use and what is said of the choice."""
+    if recipe.rotation is not None:
+        return recipe.rotation, {"chosen": str(recipe.rotation), "scores": None}
+    return score_frames(recipe, imported)
+
+
+def _write(
+    output: Path,
+    imported: Imported,
+    model: ir.Model,
+    recipe: Recipe,
+    rotation: Rotation,
+    verdict: dict[str, Any],
+    progress: Progress,
+) -> EngineSummary:
+    manifest = manifests.manifest_of(imported, model, recipe, rotation)
+    files = manifests.engine_files(imported, {"rotation": verdict, "recipe": recipe.to_json()})
+    try:
+        return write_engine(output, model, manifest, files, progress=progress.advance)
+    finally:
+        forget()

@@ -1,0 +1,61 @@
+"""What a compile will take, read off the lowered graph before any weight is: size of the engine, peak memory of the compiler."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from rqc.models.quantized import LazyQuantized
+from rqc.passes.base import QUANTIZED, STORAGE, WEIGHT
+from rqc.runtime.errors import ResourceError
+
+TOKENIZER_BYTES = 4 << 20
+WRITER_BYTES = 64 << 20
+"""Buffers of the writer, the graph and the interpreter's growth while weights stream by."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of the engine and of the compiler's peak, weights and working copies included."""
+
+    size_bytes: int
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, int]:
+        """The estimate as it stands in reports."""
+        return {"size_bytes": self.size_bytes, "peak_rss_bytes": self.peak_rss_bytes}
+
+
+def estimate(model: ir.Model) -> Estimate:
+    """Size of the engine and peak of writing it: what the process holds now, and the largest weight with its working copies."""
+    sizes: dict[object, int] = {}
+    working = 0
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        assert tensor is not None
+        key = tensor.meta.get(STORAGE)
+        sizes[id(tensor) if key is None else key] = tensor.nbytes
+        working = max(working, _working_bytes(tensor))
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Estimate(sum(sizes.values()) + TOKENIZER_BYTES, held + working + WRITER_BYTES)
+
+
+def _working_bytes(tensor: ir.TensorProtocol) -> int:
+    quantized = tensor.meta.get(QUANTIZED)
+    if isinstance(quantized, LazyQuantized):
+        elements = quantized.shape[0] * quantized.shape[1]
+        scales = quantized.shape[0] * quantized.groups * 4
+        return max(part.resident_bytes() for part in quantized.parts) + 2 * elements + 2 * scales + tensor.nbytes
+    weight = tensor.meta.get(WEIGHT)
+    return tensor.nbytes if weight is None else weight.resident_bytes() + tensor.nbytes
+
+
+def check_memory(estimated: Estimate, limit: int | None) -> None:
+    """Raise ResourceError, before a weight is read, when the estimate does not fit under `limit` bytes."""
+    if limit is not None and estimated.peak_rss_bytes > limit:
+        raise ResourceError(
+            f"this compile needs about {estimated.peak_rss_bytes / 2**30:.2f} GiB, --max-memory is {limit / 2**30:.2f} GiB",
+            hint="raise --max-memory, or leave r1 out: folds that mix rows need a whole matrix in float64",
+        )
