@@ -1,0 +1,124 @@
+"""Text to calibrate on and to compare on: what ships, what a user names, and its cut into windows of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rqc.runtime.errors import InputError
+
+SUFFIXES = (".txt", ".json", ".jsonl")
+_FORMS = 'a record is a string, {"text": ...} or {"instruction": ..., "input": ..., "output": ...}'
+
+
+def calibration_text() -> str:
+    """The public-domain prose that a compile calibrates on unless told otherwise (about 240 kB; data/README.md)."""
+    return _shipped("calibration.txt")
+
+
+def parity_text() -> str:
+    """The public-domain prose that parity is measured on (about 60 kB), disjoint from `calibration_text`."""
+    return _shipped("parity.txt")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a .txt, .json or .jsonl file, its records separated by blank lines.
+
+    Raises InputError if the file is missing, is of another kind, is not UTF-8, holds no text, or has a malformed record
+    (named by its line in .jsonl, by its place in the list, from 1, in .json).
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path}: cannot read text from a file of this kind", hint=f"use one of {', '.join(SUFFIXES)}")
+    content = _content(path)
+    if suffix == ".txt":
+        text = content
+    elif suffix == ".json":
+        text = "\n\n".join(_json_texts(path, content))
+    else:
+        text = "\n\n".join(_jsonl_texts(path, content))
+    if not text.strip():
+        raise InputError(f"{path}: no text in the file", hint="name a file with some paragraphs of prose in it")
+    return text
+
+
+def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
+    """Cut token ids into at most `count` consecutive windows of `length`, without overlap.
+
+    A text shorter than one window gives a single window of all of it; otherwise the tokens that do not fill a last
+    window are left out, so all windows have one length. Raises InputError for a length or count below 1 or no ids.
+    """
+    if length < 1 or count < 1:
+        raise InputError(
+            f"{count} windows of {length} tokens: both must be at least 1", hint="ask for 1 or more of each"
+        )
+    if not ids:
+        raise InputError("the text has no tokens to cut into windows", hint="name a longer text")
+    length = min(length, len(ids))
+    count = min(count, len(ids) // length)
+    return [list(ids[start : start + length]) for start in range(0, count * length, length)]
+
+
+def _shipped(name: str) -> str:
+    return files("rqc.compiler").joinpath("data", name).read_text(encoding="utf-8")
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}", hint="convert the file to UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}", hint="check the path of the text file") from error
+
+
+def _json_texts(path: Path, content: str) -> list[str]:
+    if not content.strip():
+        return []
+    try:
+        records = json.loads(content)
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {error.lineno}"
+        raise InputError(
+            f"{place}: not JSON ({error.msg})", hint="one record a line? then name the file .jsonl"
+        ) from error
+    if not isinstance(records, list):
+        raise InputError(f"{path}: a {type(records).__name__} where a list of records belongs", hint=_FORMS)
+    return [_record_text(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+
+
+def _jsonl_texts(path: Path, content: str) -> list[str]:
+    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped, which are no ends of lines here.
+    texts = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{place}: not JSON ({error.msg})", hint="write one complete record on each line"
+            ) from error
+        texts.append(_record_text(record, place))
+    return texts
+
+
+def _record_text(record: Any, place: str) -> str:
+    """A record's text: itself, its "text", or its instruction, input (which may be absent or empty) and output."""
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, dict):
+        raise InputError(f"{place}: a {type(record).__name__} where a record belongs", hint=_FORMS)
+    fields = ("text",) if "text" in record else ("instruction", "input", "output")
+    for name in fields:
+        if name not in record and name != "input":
+            raise InputError(f'{place}: neither "text" nor "{name}" in the record', hint=_FORMS)
+    parts = [record.get(name, "") for name in fields]
+    if not all(isinstance(part, str) for part in parts):
+        raise InputError(f"{place}: {', '.join(fields)} must be strings", hint=_FORMS)
+    return "\n".join(part for part in parts if part)
