@@ -1,0 +1,274 @@
+"""The command line: parsing only. Every command imports what it needs when it runs, so that a device needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rqc.compiler.console import Steps, guarded, result_on_stdout, stream
+from rqc.runtime import doctor as doctors
+from rqc.runtime.errors import InputError, ParityError
+
+app = typer.Typer(
+    name="rqc",
+    help="A Hugging Face model in, one engine.plan for a small device out.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+EnginePath = Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine.plan.", show_default=False)]
+ModelDir = Annotated[
+    Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Threads = Annotated[int | None, typer.Option(help="Threads per operator; the physical cores by default.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point `rqc`: the exit code is 0 done, 1 a gate failed, 2 wrong usage or bad input."""
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = f"rqc {args[0]}" if args[0] in _names() else "rqc"
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no failure
+    return guarded(lambda: app(args, prog_name="rqc", standalone_mode=False), as_json="--json" in args, command=command)
+
+
+def _names() -> set[str]:
+    return {str(info.name or getattr(info.callback, "__name__", "")) for info in app.registered_commands}
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"rqc {doctors.version('rqc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A Hugging Face model in, one engine.plan for a small device out."""
+
+
+@app.command("compile")
+def compile_(
+    context: typer.Context,
+    model_dir: ModelDir,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="ENGINE", help="The engine to write.", show_default=False)
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="onnx.  [default: onnx]")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="fp32 fp16 w8a16 w8a8 w6a6 w4a16 w4a8 w4a4 w3a16 w2a16.  [default: w4a8]")
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="16 32 64 128 256, -1 per channel.  [default: 32]")] = None,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="Grids with or without zero points.  [symmetric]")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="none or mse.  [default: mse]")] = None,
+    method: Annotated[str | None, typer.Option(help="rtn, rounding to nearest.  [default: rtn]")] = None,
+    rotate: Annotated[
+        str | None, typer.Option(help="auto, none, or a comma list of r1 r2 r3 r4.  [default: auto]")
+    ] = None,
+    rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs.  [default: 0]")] = None,
+    hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
+    tied: Annotated[
+        str | None, typer.Option(help="keep: one table for embedding and head; untie: two.  [default: keep]")
+    ] = None,
+    embedding_bits: Annotated[
+        int | None, typer.Option(help="4 8 16 32.  [default: 8; the scheme's own type for fp32 and fp16]")
+    ] = None,
+    head_bits: Annotated[
+        int | None, typer.Option(help="As --embedding-bits; tied and kept, one value for both.")
+    ] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Such as 4GiB: stay under it or fail before starting.")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
+    calibration_samples: Annotated[int | None, typer.Option(help="Windows of text.  [default: 64]")] = None,
+    calibration_length: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 512]")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file of these options; flags override it.")] = None,
+    verify_after: Annotated[bool, typer.Option("--verify", help="Run `rqc verify` afterwards.")] = False,
+    verify_each: Annotated[bool, typer.Option(help="Run the graph around each pass; fail one that drifts.")] = False,
+    dump_ir: Annotated[Path | None, typer.Option(help="Write the graph after each pass into this directory.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Plan and estimate only; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a model directory into one engine.plan."""
+    if output is None and not dry_run:
+        raise InputError("no engine to write is named", hint="-o ENGINE, or --dry-run")
+    if verify_after and dry_run:
+        raise InputError("--verify needs an engine, --dry-run writes none", hint="leave one of them out")
+    doctors.require_compile()
+    from rqc.compiler import commands
+
+    options: dict[str, Any] = {"verify_each": verify_each, "dump_ir": dump_ir, "dry_run": dry_run}
+    with result_on_stdout() as emit:
+        made = commands.recipe_of(recipe, context.params)  # the flags above are the fields of a recipe, by name
+        value, passed = commands.compile_(model_dir, output, made, verify_after, options, Steps())
+        emit(value, commands.compile_text(value), as_json)
+    if not passed:
+        _fail_gates(value["parity"], as_json)
+
+
+@app.command()
+def verify(
+    engine: EnginePath,
+    model_dir: ModelDir,
+    text: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to compare.")] = 2048,
+    window: Annotated[int, typer.Option(help="Tokens of one window, capped at the context.")] = 1024,
+    gate: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A limit such as ppl_ratio=1.05; repeatable.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare an engine with PyTorch; exit 1 if a gate fails."""
+    gates = dict(_gate(limit) for limit in gate or [])
+    doctors.require_compile()
+    from rqc.compiler import commands
+
+    with result_on_stdout() as emit:
+        value = commands.verify(engine, model_dir, text, tokens, window, gates, threads)
+        emit(value, commands.parity_text(value), as_json)
+    if not value["passed"]:
+        _fail_gates(value, as_json)
+
+
+@app.command()
+def run(
+    engine: EnginePath,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text; stdin without it.")] = None,
+    chat: Annotated[bool, typer.Option(help="By the model's chat template; on a terminal without -p, a talk.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Best k; 0 is off.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="For the same draw again.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Generate; the continuation streams to stdout."""
+    from rqc.runtime.engine import Engine
+
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options |= {"top_p": top_p, "top_k": top_k, "stop": stop or None}
+    talk = prompt is None and sys.stdin.isatty()
+    if talk and not chat:
+        raise InputError("no prompt", hint="-p TEXT, text on stdin, or --chat for a talk")
+    with Engine.load(engine, threads=threads) as loaded:
+        if talk:
+            _talk(loaded, options)
+            return
+        text = sys.stdin.read() if prompt is None else prompt
+        stream(loaded.stream_chat([_says("user", text)], **options) if chat else loaded.stream(text, **options))
+
+
+def _talk(engine: Any, options: dict[str, Any]) -> None:
+    """Turns from the terminal until the end of input; the conversation grows until it fills the context."""
+    messages: list[dict[str, str]] = []
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            messages.append(_says("user", line.rstrip("\n")))
+            messages.append(_says("assistant", stream(engine.stream_chat(messages, **options))))
+
+
+def _says(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@app.command()
+def inspect(
+    engine: EnginePath,
+    layers: Annotated[bool, typer.Option("--layers", help="One line for each weight.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Hash everything, the weights too.")] = False,
+    context: Annotated[int | None, typer.Option(help="Tokens to tell the memory for; the longest by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is inside an engine: scheme, rotation, sizes, memory."""
+    from rqc.runtime.inspection import inspect_engine
+
+    with result_on_stdout() as emit:
+        found = inspect_engine(engine, check=check, context=context)
+        emit(found.to_json(), found.to_text(layers=layers), as_json)
+
+
+@app.command()
+def bench(
+    engine: EnginePath,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of the prompt.  [default: 128]")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate.  [default: 64]")] = None,
+    repeats: Annotated[int, typer.Option(help="Runs after one that warms up; medians count.")] = 3,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Load time, time to first token, prefill and decode speed, peak memory."""
+    from rqc.runtime.bench import bench_engine
+
+    with result_on_stdout() as emit:
+        measured = bench_engine(
+            engine, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, threads=threads
+        )
+        emit(measured, _bench_text(measured), as_json)
+
+
+@app.command()
+def extract(
+    engine: EnginePath,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new directory.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """The raw parts: graph.onnx with its weights, tokenizer."""
+    from rqc.runtime.extract import extract as extract_parts
+
+    with result_on_stdout() as emit:
+        paths = [str(path) for path in extract_parts(engine, output)]
+        emit({"directory": str(output), "files": paths}, "\n".join(paths), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, instruction set, providers, what can be built and run here."""
+    with result_on_stdout() as emit:
+        report = doctors.diagnose()
+        emit(report, doctors.to_text(report), as_json)
+
+
+def _gate(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise InputError(f"--gate {text}", hint="--gate NAME=VALUE, such as ppl_ratio=1.05") from None
+
+
+def _fail_gates(parity: dict[str, Any], as_json: bool) -> None:
+    """End with exit code 1; the report is already on stdout."""
+    if as_json:
+        raise typer.Exit(1)
+    failed = ", ".join(gate["name"] for gate in parity["gates"] if not gate["passed"])
+    raise ParityError(f"gates failed: {failed}", hint="the table above has values and limits")
+
+
+def _bench_text(measured: dict[str, float | int]) -> str:
+    prompt, new = measured["prompt_tokens"], measured["new_tokens"]
+    rows = [
+        ("load", f"{measured['load_s']:.2f} s"),
+        ("first token", f"{measured['ttft_s'] * 1e3:.1f} ms after {prompt} tokens"),
+        ("prefill", f"{measured['prefill_tokens_per_s']:.1f} tokens/s"),
+        ("decode", f"{measured['decode_tokens_per_s']:.1f} tokens/s over {new} tokens"),
+        ("peak memory", f"{measured['peak_rss_bytes'] / 1e6:.0f} MB resident"),
+        ("threads", f"{measured['threads']}"),
+    ]
+    return "\n".join(f"{name:<14}{value}" for name, value in rows)

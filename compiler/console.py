@@ -1,0 +1,121 @@
+"""What commands print and how they end: results on stdout, progress on stderr, errors as two lines, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import typer
+
+from rqc.runtime.errors import RqcError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+FAULT = 70  # sysexits' EX_SOFTWARE: a fault of rqc, neither a failed gate (1) nor wrong input (2)
+
+
+def guarded(call: Callable[[], object], *, as_json: bool, command: str) -> int:
+    """Run a command and return its exit code; whatever ends it early is told as `error: …` and `hint: …` on stderr.
+
+    as_json: the error also goes to stdout, as {"error": {"type", "message", "hint"}}.
+    """
+    try:
+        code = call()
+    except RqcError as error:
+        return _fail(type(error).__name__, error.message, error.hint, error.exit_code, as_json)
+    except typer.TyperException as error:  # wrong usage
+        return _fail("UsageError", error.format_message(), f"{command} --help", 2, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except MemoryError:
+        return _fail("ResourceError", "out of memory", "use a smaller model or a machine with more memory", 2, as_json)
+    except OSError as error:
+        place = "" if error.filename is None else f": {error.filename}"
+        return _fail("ResourceError", f"{error.strerror or error}{place}", "check the path and the disk", 2, as_json)
+    except Exception as error:
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+        return _fail("InternalError", message, "this is a fault of rqc: please report the lines above", FAULT, as_json)
+    if code == INTERRUPTED:
+        return _fail("Interrupted", "interrupted", "", INTERRUPTED, as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(kind: str, message: str, hint: str, code: int, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": {"type": kind, "message": message, "hint": hint}}))
+    sys.stdout.flush()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def result_on_stdout() -> Iterator[Callable[[Mapping[str, Any], str, bool], None]]:
+    """Keep stdout for the result: what is printed meanwhile goes to stderr. Yields `emit(value, text, as_json)`."""
+    out = sys.stdout
+
+    def emit(value: Mapping[str, Any], text: str, as_json: bool) -> None:
+        write((json.dumps(plain(value), indent=1) if as_json else text) + "\n", out)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        yield emit
+
+
+def stream(pieces: Iterable[str]) -> str:
+    """Print pieces as they come, then end the line; the whole text."""
+    whole = []
+    for piece in pieces:
+        write(piece, sys.stdout)
+        whole.append(piece)
+    write("\n", sys.stdout)
+    return "".join(whole)
+
+
+def write(text: str, out: Any) -> None:
+    """Write and flush. Ends the command quietly where the reader of the pipe has gone."""
+    try:
+        out.write(text)
+        out.flush()
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        raise typer.Exit(PIPE_CLOSED) from error
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: infinities and NaN become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class Steps:
+    """Progress on stderr: a line for each finished step; a percentage that is redrawn only on a terminal."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._shown = ""
+
+    def line(self, text: str) -> None:
+        """One finished step."""
+        self._redraw("")
+        print(text, file=sys.stderr, flush=True)
+
+    def advance(self, label: str, done: int, total: int) -> None:
+        """A step that is under way: `done` of `total`."""
+        if self._live:
+            self._redraw(f"{label} {done / max(total, 1):.0%}" if done < total else "")
+
+    def _redraw(self, text: str) -> None:
+        if text != self._shown:
+            print(f"\r{text:<{len(self._shown)}}\r{text}", end="", file=sys.stderr, flush=True)
+            self._shown = text

@@ -1,0 +1,234 @@
+"""What is inside an engine: scheme, rotation, sizes, memory at a context, how it is executed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rqc.runtime.container import EngineFile
+from rqc.runtime.errors import InputError
+
+_BYTES = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An engine's manifest with the sizes of its file.
+
+    weight_bytes: size of weights.bin. context: tokens for which memory is told. checked: whether all hashes were.
+    """
+
+    path: str
+    manifest: Mapping[str, Any]
+    size_bytes: int
+    weight_bytes: int
+    context: int
+    checked: bool
+
+    @property
+    def layers(self) -> list[Mapping[str, Any]]:
+        """One record per weight (name, bits, storage_bits, group_size, op, shape) and per rotation that stays in it."""
+        return list(self.manifest.get("layers", []))
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of the interface, and beside them what else is known."""
+        manifest = self.manifest
+        rotation = manifest.get("rotation")
+        keys = ("format_version", "target", "scheme", "group_size", "method", "adapter", "kv_cache", "parameters")
+        more = ("symmetric", "clip", "tied", "context_length", "architecture", "generation", "graph")
+        return {
+            **{key: manifest.get(key) for key in keys},
+            "rotation": None if rotation is None else dict(rotation),
+            "size_bytes": self.size_bytes,
+            "weight_bytes": self.weight_bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "layers": [dict(layer) for layer in self.layers],
+            "provenance": manifest.get("provenance"),
+            **{key: manifest.get(key) for key in more},
+            "memory": self.memory(),
+            "execution": self.execution(),
+            "entries": {name: entry["size"] for name, entry in manifest["entries"].items()},
+            "checked": self.checked,
+        }
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits in the file for each parameter of the model, scales and all."""
+        parameters = self.manifest.get("parameters")
+        return 8 * self.weight_bytes / parameters if parameters else self.manifest.get("bits_per_weight")
+
+    def memory(self) -> dict[str, int]:
+        """Bytes at `context` tokens of one sequence, an estimate without ONNX Runtime's scratch buffers.
+
+        weights are mapped pages of the file, which the system can drop; packed copies and the cache are private.
+        """
+        packed = sum(packed_bytes(layer) for layer in self.layers)
+        cache = cache_bytes(self.manifest.get("graph", {}), self.context)
+        total = self.weight_bytes + packed + cache
+        return {
+            "context": self.context,
+            "weights": self.weight_bytes,
+            "packed_copies": packed,
+            "kv_cache": cache,
+            "total": total,
+        }
+
+    def execution(self) -> list[str]:
+        """How the target executes what it has no native arithmetic for, in sentences."""
+        stated = self.manifest.get("execution")
+        return list(stated) if isinstance(stated, list) else execution_notes(self.manifest, self.layers)
+
+    def to_text(self, *, layers: bool = False) -> str:
+        """For a person; `layers` adds a line for each weight."""
+        width = 16
+        lines = [f"{name:<{width}}{value}" for name, value in self._rows()]
+        lines += [f"{'execution' if not place else '':<{width}}{note}" for place, note in enumerate(self.execution())]
+        return "\n".join(lines + (["", *layer_table(self.layers)] if layers else []))
+
+    def _rows(self) -> list[tuple[str, str]]:
+        manifest, memory = self.manifest, self.memory()
+        bits = self.bits_per_weight
+        provenance = manifest.get("provenance") or {}
+        return [
+            ("engine", f"{self.path}, format {manifest.get('format_version')}{', every hash right' * self.checked}"),
+            ("target", str(manifest.get("target"))),
+            ("scheme", _scheme_text(manifest)),
+            ("rotation", _rotation_text(manifest.get("rotation"))),
+            ("model", _model_text(manifest)),
+            ("size", f"{size_text(self.size_bytes)}, weights {size_text(self.weight_bytes)}"),
+            ("bits per weight", "unknown" if bits is None else f"{bits:.2f}"),
+            ("kv cache", str(manifest.get("kv_cache"))),
+            ("context", f"{manifest.get('context_length')} tokens"),
+            *_memory_rows(memory),
+            ("made by", f"rqc {provenance.get('rqc')}"),
+            ("weights kept as", kinds_text(self.layers)),
+        ]
+
+
+def inspect_engine(engine: str | Path, *, check: bool = False, context: int | None = None) -> Inspection:
+    """Open `engine` and tell what it holds. check: hash everything, the weights too.
+
+    context: tokens for the memory estimate, by default the engine's context length. Raises EngineFormatError for a bad
+    file, InputError for a context that the engine does not have.
+    """
+    with EngineFile.open(engine, check=check) as file:
+        manifest = file.manifest
+        longest = int(manifest["context_length"])
+        if context is not None and not 1 <= context <= longest:
+            raise InputError(f"a context of {context} tokens", hint=f"this engine has contexts from 1 to {longest}")
+        weights = int(manifest["entries"]["weights.bin"]["size"])
+        return Inspection(str(engine), manifest, file.size_bytes, weights, context or longest, check)
+
+
+def packed_bytes(layer: Mapping[str, Any]) -> int:
+    """Bytes of the private copy of one weight that ONNX Runtime's CPU kernels make when they load it.
+
+    MatMulNBits lays codes out anew, beside a float scale and a float block sum for each block; a float matrix product
+    packs its matrix. A gather reads the file's own pages.
+    """
+    op, shape = str(layer.get("op", "")), layer.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2:
+        return 0
+    n, k = int(shape[0]), int(shape[1])
+    if op.startswith("MatMulNBits"):
+        block = int(layer.get("block_size") or layer.get("group_size") or 32)
+        block = block if block > 0 else 32
+        return n * math.ceil(k / block) * (block * int(layer["storage_bits"]) // 8 + 8)
+    return 4 * n * k if "MatMul" in op or "Gemm" in op else 0
+
+
+def cache_bytes(graph: Mapping[str, Any], context: int) -> int:
+    """Bytes of keys and values of one sequence of `context` tokens; a cache that grows by copying exists twice."""
+    count = int(graph.get("layers", 0))
+    heads, dims = (_per_layer(graph.get(key, 0), count) for key in ("kv_heads", "head_dim"))
+    one = sum(2 * h * d for h, d in zip(heads, dims, strict=True)) * context
+    return one * _BYTES.get(str(graph.get("cache_dtype")), 4) * (2 if graph.get("cache") == "concat" else 1)
+
+
+def execution_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is stored or computed in another form than the scheme's name says."""
+    notes = []
+    scheme = str(manifest.get("scheme"))
+    found = re.fullmatch(r"w(\d+)a(\d+)", scheme)
+    activation = int(found.group(2)) if found else 16
+    if scheme == "fp16":
+        notes.append("weights are stored as float16 and computed in float32")
+    elif activation == 16:
+        notes.append("activations and accumulation are float32")
+    elif activation == 8:
+        notes.append("activations are rounded to int8 per token and block inside MatMulNBits (accuracy_level 4)")
+    else:
+        notes.append(f"activations are rounded to the {activation}-bit grid per token, then multiplied as floats")
+    for bits, storage in sorted({(layer.get("bits"), layer.get("storage_bits")) for layer in layers}, key=str):
+        if bits != storage and bits is not None and storage is not None:
+            notes.append(f"{bits}-bit weights are stored in {storage} bits")
+    if found and manifest.get("group_size") == -1:
+        notes.append("one scale per output channel is stored as blocks of equal scale")
+    return notes
+
+
+def layer_table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One aligned line for each weight."""
+    names = ("name", "bits", "storage_bits", "group_size", "op", "accuracy_level", "shape", "count")
+    rows: list[tuple[str, ...]] = [names, *(tuple(_cell(layer.get(name)) for name in names) for layer in layers)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def kinds_text(layers: Sequence[Mapping[str, Any]]) -> str:
+    """How many weights have which form, such as "210 x 4-bit MatMulNBits", and the rotations that stay in the graph."""
+    counts = Counter((layer.get("bits"), str(layer.get("op"))) for layer in layers if "count" not in layer)
+    kinds = [f"{count} x {bits}-bit {op}" for (bits, op), count in counts.most_common()]
+    online = [f"{layer['count']} products of {layer.get('name')}" for layer in layers if "count" in layer]
+    return ", ".join(kinds + online) or "not recorded"
+
+
+def size_text(size: int) -> str:
+    """Bytes for a person, in decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def _memory_rows(memory: Mapping[str, int]) -> list[tuple[str, str]]:
+    parts = f"weights {size_text(memory['weights'])} (mapped), packed copies {size_text(memory['packed_copies'])}"
+    total = f"about {size_text(memory['total'])} at {memory['context']} tokens"
+    return [("memory", f"{total}: {parts}, kv cache {size_text(memory['kv_cache'])}")]
+
+
+def _scheme_text(manifest: Mapping[str, Any]) -> str:
+    scheme, group = manifest.get("scheme"), manifest.get("group_size")
+    if scheme in ("fp32", "fp16"):
+        return str(scheme)
+    blocks = "one scale per output channel" if group == -1 else f"groups of {group}"
+    kind = "symmetric" if manifest.get("symmetric", True) else "asymmetric"
+    return f"{scheme}, {blocks}, {kind}, {manifest.get('method')}, clip {manifest.get('clip')}"
+
+
+def _rotation_text(rotation: Mapping[str, Any] | None) -> str:
+    if not rotation or not rotation.get("sites"):
+        return "none"
+    sites, basis = ",".join(rotation["sites"]), str(rotation.get("basis"))[:16]
+    return f"{sites}, {rotation.get('hadamard')} Hadamard, seed {rotation.get('seed')}, basis {basis}"
+
+
+def _model_text(manifest: Mapping[str, Any]) -> str:
+    architecture = manifest.get("architecture") or {}
+    shape = f"{architecture.get('layers')} layers x {architecture.get('hidden_size')}"
+    count = manifest.get("parameters")
+    parameters = f"{count / 1e6:.1f} M parameters" if count else "parameters not recorded"
+    return f"{architecture.get('model_type')}, {shape}, vocabulary {architecture.get('vocab_size')}, {parameters}"
+
+
+def _per_layer(value: Any, count: int) -> list[int]:
+    return [int(item) for item in value] if isinstance(value, list) else [int(value)] * count
+
+
+def _cell(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else "" if value is None else str(value)
