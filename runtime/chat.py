@@ -47,14 +47,11 @@ class ChatTemplate:
 
         Raises InputError for malformed messages and for what the template itself refuses.
         """
-        data = _plain({"tools": tools, **variables})
+        given = {"messages": checked_messages(messages), "add_generation_prompt": add_generation_prompt}
+        data = {**self._special, "documents": None, **_plain({"tools": tools, **variables}), **given}
         try:
-            return self._template.render(
-                **{**self._special, "documents": None, **data},
-                messages=checked_messages(messages),
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            return self._template.render(data)
+        except Exception as error:  # the template is the model's code: whatever it raises is its refusal
             raise InputError(f"the model's chat template refuses these messages: {error}", hint=_ROLES) from error
 
 
@@ -115,7 +112,7 @@ def _plain(value: Any) -> Any:
     """The value rebuilt from JSON types: nothing with methods of its own reaches the sandbox."""
     try:
         return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"messages and template variables are plain JSON data: {error}") from error
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from rqc.runtime.backends.base import Backend, FloatArray, IntArray
 from rqc.runtime.backends.ort import OrtBackend
-from rqc.runtime.chat import Message, load_chat_template
+from rqc.runtime.chat import ChatTemplate, Message, load_chat_template
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError, InputError, TargetError
 from rqc.runtime.generation import FinishReason, Generation, Row
@@ -32,8 +32,8 @@ class Engine:
     """
 
     def __init__(self, file: EngineFile, *, threads: int | None = None, spin: bool = True) -> None:
-        """file: an open engine file, closed with the engine. Raises TargetError if it was built for other hardware."""
-        self._file = file
+        """file: an open engine file; it can be closed afterwards. Raises TargetError if it is for other hardware."""
+        self.path = str(file.path)
         manifest = file.manifest
         target = manifest.get("target", "onnx")
         if target != "onnx":
@@ -46,6 +46,8 @@ class Engine:
         generation = manifest.get("generation") or {}
         self._eos = frozenset(int(token) for token in generation.get("eos_token_ids", []))
         self._codec = _codec(file, generation)
+        self._chat_files = {name: file.read(name) for name in _CHAT_FILES if file.has(name)}
+        self._templates: dict[bool, ChatTemplate] = {}
         self._backend: Backend = OrtBackend(file, threads=threads, spin=spin)
         self._finish_reasons: list[FinishReason | None] = []
 
@@ -57,17 +59,8 @@ class Engine:
         spin: idle threads wait actively; False saves power and helps on a machine shared with other work.
         Raises EngineFormatError for a damaged file, TargetError for one that this machine cannot run.
         """
-        file = EngineFile.open(path, check=check)
-        try:
+        with EngineFile.open(path, check=check) as file:
             return cls(file, threads=threads, spin=spin)
-        except BaseException:
-            file.close()
-            raise
-
-    @property
-    def path(self) -> str:
-        """The engine file."""
-        return str(self._file.path)
 
     @property
     def vocab_size(self) -> int:
@@ -199,9 +192,10 @@ class Engine:
 
         Raises InputError if the model has no chat template or its template refuses the messages.
         """
-        files = {name: self._file.read(name) for name in _CHAT_FILES if self._file.has(name)}
-        template = load_chat_template(files, with_tools=bool(tools))
-        return template.render(messages, tools=tools, **(template_options or {}))
+        with_tools = bool(tools)
+        if with_tools not in self._templates:
+            self._templates[with_tools] = load_chat_template(self._chat_files, with_tools=with_tools)
+        return self._templates[with_tools].render(messages, tools=tools, **(template_options or {}))
 
     def chat_ids(
         self,
@@ -216,7 +210,13 @@ class Engine:
 
     def logits(self, ids: Sequence[int]) -> FloatArray:
         """Logits at every position, float32 [n, vocab]. Raises InputError for bad ids or more than the context."""
-        return np.concatenate(list(self.iter_logits(ids)))
+        checked = self._fitting(checked_ids(ids, self.vocab_size))
+        logits = np.empty((len(checked), self.vocab_size), np.float32)
+        done = 0
+        for piece in self._backend.score(checked):
+            logits[done : done + len(piece)] = piece
+            done += len(piece)
+        return logits
 
     def iter_logits(self, ids: Sequence[int]) -> Iterator[FloatArray]:
         """`logits` in pieces [m, vocab] of at most 64 MiB, for long texts."""
@@ -233,7 +233,6 @@ class Engine:
     def close(self) -> None:
         """Give the memory back. A closed engine raises InputError when it is used."""
         self._backend.close()
-        self._file.close()
 
     def __enter__(self) -> Engine:
         return self

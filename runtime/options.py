@@ -93,23 +93,26 @@ def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
 
     A text or a sequence of ids is one prompt; a sequence of texts or of id sequences is a batch.
     """
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
     if isinstance(prompt, str):
         return [prompt], True
+    prompt = _listed(prompt)
     if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
         raise InputError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
     if len(prompt) == 0:
         raise InputError("the prompt is empty", hint="give at least one token")
-    if all(isinstance(item, (str, Sequence, np.ndarray)) and not isinstance(item, bytes) for item in prompt):
-        return list(prompt), False
-    return [prompt], True
+    if not any(isinstance(_listed(item), (str, Sequence)) for item in prompt):
+        return [prompt], True
+    return list(prompt), False
+
+
+def _listed(value: Any) -> Any:
+    """Arrays and tensors of any library as lists, everything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def checked_ids(ids: Any, vocab_size: int) -> IntArray:
     """Token ids as int64 [n]. Raises InputError for an empty list and for anything that is no id of the vocabulary."""
-    if isinstance(ids, np.ndarray):
-        ids = ids.tolist()
+    ids = _listed(ids)
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
         raise InputError(f"token ids come as a list of whole numbers, not {type(ids).__name__}")
     if len(ids) == 0:

@@ -29,6 +29,8 @@ class TextCodec:
         self._tokenizer.no_padding()
         self._bos = bos_token_id
         raw_bytes = "ByteFallback" in json.dumps(decoder)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._hidden = frozenset(index for index, token in added.items() if token.special)
         self._byte_tokens = _byte_fallback_ids(self._tokenizer) if raw_bytes else frozenset()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -45,6 +47,10 @@ class TextCodec:
         """The text of token ids; an unfinished character becomes U+FFFD."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
         return text
+
+    def is_hidden(self, token: int) -> bool:
+        """Whether `decode` passes over this token: a special one, or one of a padded vocabulary."""
+        return token in self._hidden or self._tokenizer.id_to_token(token) is None
 
     def is_byte(self, token: int) -> bool:
         """Whether this token is one raw byte (<0x0A>), whose text depends on the bytes that follow."""
@@ -77,6 +83,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that became certain with this token; often a word, sometimes nothing."""
+        if self._codec.is_hidden(token):
+            return ""
         self._window.append(token)
         if self._codec.is_byte(token):
             return ""

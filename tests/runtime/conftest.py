@@ -235,6 +235,17 @@ def engine_path(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 
 @pytest.fixture
+def tiny_parts() -> Callable[..., tuple[onnx_ir.Model, dict[str, Any]]]:
+    """The model and the manifest of a Tiny, to be spoilt before they are written."""
+
+    def make(**changes: Any) -> tuple[onnx_ir.Model, dict[str, Any]]:
+        tiny = replace(Tiny(), **changes)
+        return onnx_ir.from_proto(GraphBuilder(tiny).build()), manifest(tiny)
+
+    return make
+
+
+@pytest.fixture
 def engine(engine_path: Callable[..., Path]) -> Callable[..., Engine]:
     """Load the engine of a Tiny on one thread."""
     return lambda **changes: Engine.load(engine_path(**changes), threads=1)
