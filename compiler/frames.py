@@ -1,14 +1,94 @@
-"""--rotate auto."""
+"""--rotate auto: measure both frames on the calibration text, with the engine's own arithmetic, and take the better one."""
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import Any
 
-from rqc.compiler.importer import Imported
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from rqc.compiler.calibrate import perplexity
+from rqc.compiler.importer import Imported, import_model
+from rqc.compiler.instruments import Progress
+from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.sizes import block_bytes
+from rqc.compiler.targets.onnx import packing
+from rqc.compiler.text import calibration_text, read_text, windows
 from rqc.models.rotation import Rotation
+from rqc.passes.lower import RemoveDeadParts, TransposeInKernel
+
+TOKENS = 2048
+MARGIN = 1.01
+"""The rotated frame is taken unless its perplexity is worse by more than this factor."""
+COARSE_ACTIVATIONS = 6
+"""Activations of so many bits and fewer are rotated where nothing can be measured."""
+
+Verdict = tuple[Rotation, dict[str, Any]]
 
 
-def score_frames(recipe: Recipe, imported: Imported) -> tuple[Rotation, dict[str, Any]]:
-    rotation = Rotation.parse("r1,r2,r4")
-    return rotation, {"chosen": str(rotation), "scores": None}
+def choose_frame(recipe: Recipe, imported: Imported, progress: Progress) -> Verdict:
+    """The rotation of `--rotate auto` and {'chosen', 'scores'}: perplexities of both frames, rounded to 4 digits."""
+    none = Rotation.parse("none", recipe.hadamard, recipe.rotation_seed)
+    rotated = _candidate(recipe, imported)
+    if not recipe.scheme.quantized:
+        progress.line("rotate auto: none, nothing is quantized")
+        return none, _said(none, None)
+    ids = calibration_ids(recipe, imported)
+    obstacle = "the model has no tokenizer.json" if ids is None else _too_large(recipe, imported)
+    if ids is None or obstacle:
+        chosen = rotated if recipe.scheme.activation_bits <= COARSE_ACTIVATIONS else none
+        progress.line(f"rotate auto: {chosen}, by the scheme alone, because {obstacle}")
+        return chosen, _said(chosen, None)
+    scores = {str(rotation): _score(recipe, imported, rotation, ids) for rotation in (none, rotated)}
+    chosen = rotated if scores[str(rotated)] <= MARGIN * scores[str(none)] else none
+    told = ", ".join(f"{name} {score:g}" for name, score in scores.items())
+    progress.line(f"rotate auto: {chosen} (perplexity on {ids.size} calibration tokens: {told})")
+    return chosen, _said(chosen, scores)
+
+
+def _said(chosen: Rotation, scores: dict[str, float] | None) -> dict[str, Any]:
+    return {"chosen": str(chosen), "scores": scores}
+
+
+def _candidate(recipe: Recipe, imported: Imported) -> Rotation:
+    """R1, R2 and R4, without what the family refuses."""
+    refused = {site for site, _ in imported.description.family.refusals}
+    sites = [site for site in ("r1", "r2", "r4") if site not in refused]
+    return Rotation.parse(sites, recipe.hadamard, recipe.rotation_seed)
+
+
+def _score(recipe: Recipe, imported: Imported, rotation: Rotation, ids: NDArray[np.int64]) -> float:
+    """Perplexity of the quantized graph in this frame, four significant digits. The graph is built anew: weights are lazy."""
+    fresh = import_model(imported.checkpoint.directory)
+    steps = [*frame(recipe, fresh.description, rotation), *grids(recipe, fresh.description)]
+    for step in [*steps, *packing(recipe, fresh.description), TransposeInKernel(), RemoveDeadParts()]:
+        step(fresh.model)
+    return float(f"{perplexity(fresh.model, ids):.4g}")
+
+
+def calibration_ids(recipe: Recipe, imported: Imported, tokens: int = TOKENS) -> NDArray[np.int64] | None:
+    """At most `tokens` token ids of the calibration text as windows [count, length]; None without a tokenizer."""
+    path: Path = imported.checkpoint.directory / "tokenizer.json"
+    if not path.is_file():
+        return None
+    text = calibration_text() if recipe.calibration is None else read_text(recipe.calibration)
+    ids = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
+    length = min(recipe.calibration_length, imported.description.architecture.context_length, tokens)
+    cut = windows(ids, length, max(1, min(recipe.calibration_samples, tokens // length)))
+    return np.asarray(cut, np.int64)
+
+
+def _too_large(recipe: Recipe, imported: Imported) -> str:
+    """Why the measurement does not fit under --max-memory, or nothing."""
+    if recipe.max_memory is None:
+        return ""
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    needed = held + block_bytes(imported, recipe, TOKENS)
+    if needed <= recipe.max_memory:
+        return ""
+    return f"measuring takes about {needed / 2**30:.1f} GiB and --max-memory is {recipe.max_memory / 2**30:.1f} GiB"
+

@@ -1,4 +1,4 @@
-"""The compiler: model_dir → engine.plan. What it does is the list that `passes_of` returns."""
+"""The compiler: model_dir → engine.plan. What it does to the graph is the list in passlist.py."""
 
 from __future__ import annotations
 
@@ -13,20 +13,13 @@ import onnx_ir as ir
 from rqc.compiler import manifest as manifests
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
+from rqc.compiler.passlist import passes_of
 from rqc.compiler.plan import EngineSummary, write_engine
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.frames import score_frames
+from rqc.compiler.frames import choose_frame
 from rqc.compiler.sizes import Estimate, check_memory, estimate
-from rqc.compiler.targets.onnx import lowering, packing
-from rqc.models.description import Description
-from rqc.models.grid import Grid
 from rqc.models.quantized import forget
 from rqc.models.rotation import Rotation
-from rqc.passes.base import Pass
-from rqc.passes.norms import FuseNormGains
-from rqc.passes.quantize import QuantizeLinears, QuantizeTables, table_grid
-from rqc.passes.rotate import Rotate
-from rqc.passes.ties import Untie
 
 
 @dataclass(frozen=True)
@@ -60,31 +53,6 @@ class CompileReport:
         }
 
 
-def passes_of(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
-    """THE list: exact folds, the online halves, the lossy grid, the kernels' form, activations, the target."""
-    return [*frame(recipe, description, rotation), *grids(recipe, description), *packing(recipe, description), *lowering()]
-
-
-def frame(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
-    """The basis in which the model is quantized. Norm gains are folded only where R1 needs them out of its way."""
-    untie: list[Pass] = [Untie()] if recipe.tied == "untie" and description.architecture.tied else []
-    norms: list[Pass] = [FuseNormGains(description)] if "r1" in rotation.sites else []
-    return [*untie, *norms, *([Rotate(description, rotation)] if rotation.sites else [])]
-
-
-def grids(recipe: Recipe, description: Description) -> list[Pass]:
-    """Weights onto their block grids, embedding and head onto theirs."""
-    if not recipe.scheme.quantized:
-        return []
-    a = description.architecture
-    embedding, head = (
-        table_grid(bits, a.hidden_size, recipe.group_size, recipe.symmetric, recipe.clip) if bits < 16 else None
-        for bits in recipe.table_bits(tied=a.tied)
-    )
-    grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip)
-    return [QuantizeLinears(description, grid), QuantizeTables(embedding, head)]
-
-
 def compile_model(
     model_dir: str | Path,
     output: str | Path | None,
@@ -104,7 +72,7 @@ def compile_model(
     recipe = recipe or Recipe()
     instruments = Instruments(verify_each, dump_ir, progress or Silent())
     imported = import_model(model_dir)
-    rotation, verdict = _rotation(recipe, imported)
+    rotation, verdict = _rotation(recipe, imported, instruments.progress)
     model, description = imported.model, imported.description
     instruments.run(model, passes_of(recipe, description, rotation))
     estimated = estimate(model)
@@ -126,11 +94,11 @@ def compile_model(
     )
 
 
-def _rotation(recipe: Recipe, imported: Imported) -> tuple[Rotation, dict[str, Any]]:
+def _rotation(recipe: Recipe, imported: Imported, progress: Progress) -> tuple[Rotation, dict[str, Any]]:
     """The rotation to use and what is said of the choice."""
     if recipe.rotation is not None:
         return recipe.rotation, {"chosen": str(recipe.rotation), "scores": None}
-    return score_frames(recipe, imported)
+    return choose_frame(recipe, imported, progress)
 
 
 def _write(

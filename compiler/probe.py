@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
 INLINE_LIMIT = 1024
-DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(uint8)": np.uint8}
 
 
 def save_stage(model: ir.Model, path: Path) -> None:
@@ -41,23 +40,27 @@ def run_session(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> 
 
 def feeds(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
     """Inputs for one whole sequence with an empty past."""
-    n = len(token_ids)
+    return {
+        item.name: feed(item.name, [size if isinstance(size, int) else None for size in item.shape], token_ids[None])
+        for item in session.get_inputs()
+    }
+
+
+def feed(name: str, shape: Sequence[int | None], token_ids: NDArray[np.int64]) -> NDArray[np.generic]:
+    """The value of one graph input for whole sequences [batch, n] with an empty past; `shape` is used for past keys and values."""
+    batch, n = token_ids.shape
+    positions = np.tile(np.arange(n, dtype=np.int64), (batch, 1))
     known: dict[str, NDArray[np.generic]] = {
-        "input_ids": token_ids[None],
-        "attention_mask": np.ones((1, n), np.int64),
-        "position_ids": np.arange(n, dtype=np.int64)[None],
-        "logits_positions": np.arange(n, dtype=np.int64)[None],
-        "seqlens_k": np.asarray([n - 1], np.int32),
+        "input_ids": token_ids,
+        "attention_mask": np.ones((batch, n), np.int64),
+        "position_ids": positions,
+        "logits_positions": positions,
+        "seqlens_k": np.full(batch, n - 1, np.int32),
         "total_sequence_length": np.asarray(n, np.int32),
     }
-    given: dict[str, NDArray[np.generic]] = {}
-    for item in session.get_inputs():
-        if item.name in known:
-            given[item.name] = known[item.name]
-        else:  # a past key or value: [batch, kv heads, past, head_dim]
-            shape = [1, item.shape[1], 0, item.shape[3]]
-            given[item.name] = np.zeros(shape, DTYPES[item.type])
-    return given
+    if name in known:
+        return known[name]
+    return np.zeros((batch, shape[1] or 0, 0, shape[3] or 0), np.float32)
 
 
 def drift(before: Logits, after: Logits) -> float:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import resource
 from dataclasses import dataclass
+from math import prod
 
 import onnx_ir as ir
 
+from rqc.compiler.importer import Imported
+from rqc.compiler.recipe import Recipe
+from rqc.models.description import Claim
 from rqc.models.quantized import LazyQuantized
 from rqc.passes.base import QUANTIZED, STORAGE, WEIGHT
 from rqc.runtime.errors import ResourceError
@@ -50,6 +54,20 @@ def _working_bytes(tensor: ir.TensorProtocol) -> int:
         return max(part.resident_bytes() for part in quantized.parts) + 2 * elements + 2 * scales + tensor.nbytes
     weight = tensor.meta.get(WEIGHT)
     return tensor.nbytes if weight is None else weight.resident_bytes() + tensor.nbytes
+
+
+def block_bytes(imported: Imported, recipe: Recipe, tokens: int) -> int:
+    """What it takes to run the model block by block: the largest part's weights three times (made, stored, packed), and activations."""
+    a = imported.description.architecture
+    per_layer = 1.25 * recipe.scheme.weight_bits / 8 * sum(prod(imported.description.shape(c)) for c in _first_layer(imported))
+    table = 1.25 * max(recipe.table_bits(tied=a.tied)) / 8 * a.vocab_size * a.hidden_size
+    folding = 8 * 3 * max(prod(imported.description.shape(claim)) for claim in imported.description.claims)
+    activations = 4 * tokens * (4 * a.hidden_size + 4 * a.intermediate_size) + 12 * 512 * a.vocab_size
+    return int(3 * max(per_layer, table) + folding + activations)
+
+
+def _first_layer(imported: Imported) -> list[Claim]:
+    return [claim for claim in imported.description.claims if claim.layer == 0]
 
 
 def check_memory(estimated: Estimate, limit: int | None) -> None:

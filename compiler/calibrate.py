@@ -1,0 +1,131 @@
+"""Run a graph block by block: one decoder layer in memory, its inputs and outputs in numpy."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from rqc.compiler.probe import feed, save_stage
+
+LAYER = re.compile(r"layers\.(\d+)\b")
+POSITIONS_AT_ONCE = 128
+Array = NDArray[np.generic]
+DTYPES = {
+    np.dtype(np.float32): ir.DataType.FLOAT,
+    np.dtype(np.int64): ir.DataType.INT64,
+    np.dtype(np.int32): ir.DataType.INT32,
+    np.dtype(np.bool_): ir.DataType.BOOL,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive nodes of a graph with the values that cross into and out of them."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def partition(model: ir.Model) -> list[Part]:
+    """The embedding part, one part per decoder layer, and the part of final norm and head."""
+    stages = _stages(model)
+    last = max(stages.values())
+    inputs: dict[int, dict[str, None]] = {stage: {} for stage in range(-1, last + 1)}
+    outputs: dict[int, dict[str, None]] = {stage: {} for stage in range(-1, last + 1)}
+    for node, stage in stages.items():
+        for value in node.inputs:
+            if value is None or value.is_initializer():
+                continue
+            producer = value.producer()
+            source = None if producer is None else stages[producer]
+            if source != stage:
+                inputs[stage][value.name or ""] = None
+                if source is not None:
+                    outputs[source][value.name or ""] = None
+    outputs[last]["logits"] = None
+    names = {-1: "embedding", last: "head"}
+    return [
+        Part(names.get(stage, f"layer {stage}"), tuple(inputs[stage]), tuple(outputs[stage]))
+        for stage in range(-1, last + 1)
+        if outputs[stage]
+    ]
+
+
+def _stages(model: ir.Model) -> dict[ir.Node, int]:
+    """-1 before the layers, the layer's number inside one, the number of layers behind them."""
+    numbers = [int(match[1]) for node in model.graph if (match := LAYER.search(node.name or ""))]
+    behind = max(numbers) + 1
+    stages: dict[ir.Node, int] = {}
+    for node in model.graph:
+        match = LAYER.search(node.name or "")
+        producers = [value.producer() for value in node.inputs if value is not None]
+        before = max((stages[producer] for producer in producers if producer is not None), default=-1)
+        stages[node] = int(match[1]) if match else behind if before >= 0 else -1
+    return stages
+
+
+def run_parts(model: ir.Model, token_ids: NDArray[np.int64], *, threads: int = 0) -> Iterator[tuple[Part, dict[str, Array]]]:
+    """Run [batch, sequence] token ids part by part; yields every part with all values that later parts read.
+
+    The head's logits come [batch, sequence, vocab] in slices of positions: that part is yielded once per slice.
+    """
+    parts = partition(model)
+    known: dict[str, Array] = {
+        value.name or "": feed(value.name or "", [d if isinstance(d, int) else None for d in value.shape or ()], token_ids)
+        for value in model.graph.inputs
+    }
+    for index, part in enumerate(parts):
+        session = _session(model, part, known, threads)
+        if index < len(parts) - 1:
+            results = session.run(list(part.outputs), {name: known[name] for name in part.inputs})
+            known.update(zip(part.outputs, results, strict=True))
+            needed = {name for later in parts[index + 1 :] for name in later.inputs}
+            known = {name: value for name, value in known.items() if name in needed}
+            yield part, known
+            continue
+        for start in range(0, token_ids.shape[1], POSITIONS_AT_ONCE):
+            piece = {name: known[name][:, start : start + POSITIONS_AT_ONCE] for name in part.inputs}
+            (logits,) = session.run(["logits"], piece)
+            yield part, {"logits": logits}
+
+
+def _session(model: ir.Model, part: Part, known: dict[str, Array], threads: int) -> ort.InferenceSession:
+    graph = ir.convenience.extract(model.graph, list(part.inputs), list(part.outputs))
+    for value in graph.inputs:
+        value.type = ir.TensorType(DTYPES[known[value.name or ""].dtype])
+        value.shape = None
+    block = ir.Model(graph, ir_version=model.ir_version)
+    graph.opset_imports.update(model.graph.opset_imports)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    with tempfile.TemporaryDirectory(prefix="rqc-block-") as folder:
+        path = Path(folder) / "block.onnx"
+        save_stage(block, path)
+        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def perplexity(model: ir.Model, token_ids: NDArray[np.int64], *, threads: int = 0) -> float:
+    """exp of the mean negative log-likelihood of every next token within the windows [batch, sequence]."""
+    total, position = 0.0, 0
+    targets = token_ids[:, 1:]
+    for part, values in run_parts(model, token_ids, threads=threads):
+        if "logits" not in values or part.name != "head":
+            continue
+        logits = np.asarray(values["logits"], np.float64)
+        wanted = targets[:, position : position + logits.shape[1]]
+        logits = logits[:, : wanted.shape[1]]
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        log_probability = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        total -= float(np.take_along_axis(log_probability, wanted[..., None], axis=-1).sum())
+        position += POSITIONS_AT_ONCE
+    return float(np.exp(min(total / targets.size, 700.0)))

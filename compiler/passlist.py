@@ -1,0 +1,39 @@
+"""THE list: every pass of a compile, in order, per target."""
+
+from __future__ import annotations
+
+from rqc.compiler.recipe import Recipe
+from rqc.compiler.targets.onnx import lowering, packing
+from rqc.models.description import Description
+from rqc.models.grid import Grid
+from rqc.models.rotation import Rotation
+from rqc.passes.base import Pass
+from rqc.passes.norms import FuseNormGains
+from rqc.passes.quantize import QuantizeLinears, QuantizeTables, table_grid
+from rqc.passes.rotate import Rotate
+from rqc.passes.ties import Untie
+
+
+def passes_of(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
+    """THE list: exact folds, the online halves, the lossy grid, the kernels' form, activations, the target."""
+    return [*frame(recipe, description, rotation), *grids(recipe, description), *packing(recipe, description), *lowering()]
+
+
+def frame(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
+    """The basis in which the model is quantized. Norm gains are folded only where R1 needs them out of its way."""
+    untie: list[Pass] = [Untie()] if recipe.tied == "untie" and description.architecture.tied else []
+    norms: list[Pass] = [FuseNormGains(description)] if "r1" in rotation.sites else []
+    return [*untie, *norms, *([Rotate(description, rotation)] if rotation.sites else [])]
+
+
+def grids(recipe: Recipe, description: Description) -> list[Pass]:
+    """Weights onto their block grids, embedding and head onto theirs."""
+    if not recipe.scheme.quantized:
+        return []
+    a = description.architecture
+    embedding, head = (
+        table_grid(bits, a.hidden_size, recipe.group_size, recipe.symmetric, recipe.clip) if bits < 16 else None
+        for bits in recipe.table_bits(tied=a.tied)
+    )
+    grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip)
+    return [QuantizeLinears(description, grid), QuantizeTables(embedding, head)]
