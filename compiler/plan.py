@@ -43,8 +43,9 @@ class EngineSummary:
 
 @dataclass(frozen=True, eq=False)
 class _Storage:
-    """A tensor that is written once, at byte `offset` of weights.bin."""
+    """A tensor that is written once, at byte `offset` of weights.bin; `name` is that of its first initializer."""
 
+    name: str
     tensor: onnx_ir.TensorProtocol
     offset: int
     nbytes: int
@@ -122,7 +123,7 @@ def _split(model: onnx_ir.Model) -> tuple[list[_Storage], bytes]:
         key = ("object", id(tensor)) if key is None else ("storage", key)
         if key not in storages:
             offset = -(-end // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
-            storages[key] = _Storage(tensor, offset, tensor.nbytes)
+            storages[key] = _Storage(name, tensor, offset, tensor.nbytes)
             end = offset + tensor.nbytes
         if storages[key].nbytes != tensor.nbytes:
             raise EngineFormatError(f"initializer {name!r} shares the bytes of a tensor of another size")
@@ -132,25 +133,25 @@ def _split(model: onnx_ir.Model) -> tuple[list[_Storage], bytes]:
 
 def _serialize(model: onnx_ir.Model, external: Mapping[str, _Storage]) -> bytes:
     """`model` as a serialized ModelProto without the bytes of the `external` initializers; the model stays as it is."""
-    initializers = model.graph.initializers
-    values = {name: initializers[name].const_value for name in external}
     location = pad_location(_DEFAULT_NAME).decode()
+    values = [(name, value, value.const_value) for name, value in model.graph.initializers.items()]
     try:
-        for name, tensor in values.items():
-            assert tensor is not None
-            initializers[name].const_value = onnx_ir.ExternalTensor(
-                location, 0, tensor.nbytes, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=name
-            )
+        for name, value, tensor in values:
+            if name in external and tensor is not None:
+                shape = onnx_ir.Shape(tensor.shape.numpy())
+                value.const_value = onnx_ir.ExternalTensor(
+                    location, 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
+                )
+            elif isinstance(tensor, onnx_ir.ExternalTensor):  # a small one, in a file of its own
+                value.const_value = onnx_ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
         proto = onnx_ir.serde.serialize_model(model)
     finally:
-        for name, tensor in values.items():
-            initializers[name].const_value = tensor
+        for _, value, tensor in values:
+            value.const_value = tensor
     for initializer in proto.graph.initializer:
         if initializer.name in external:
             _refer(initializer, location, external[initializer.name])
     data: bytes = proto.SerializeToString(deterministic=True)
-    if len(external_tensors(data)) != len(external):
-        raise EngineFormatError("the model holds a small tensor with external data", hint="load it into memory first")
     return data
 
 
@@ -232,13 +233,13 @@ def _stream(
 
     for storage in storages:
         append(memoryview(bytes(storage.offset - end)))
-        _evaluate(storage.tensor, append)
+        _evaluate(storage.name, storage.tensor, append)
         if progress is not None:
             progress("weights", end, storages[-1].offset + storages[-1].nbytes)
     return digest.hexdigest(), crc
 
 
-def _evaluate(tensor: onnx_ir.TensorProtocol, append: Callable[[memoryview], None]) -> None:
+def _evaluate(name: str, tensor: onnx_ir.TensorProtocol, append: Callable[[memoryview], None]) -> None:
     """Give the tensor's little-endian bytes to `append`, from one evaluation whose array is gone on return.
 
     Raises EngineFormatError if the tensor is not what it declares.
@@ -252,7 +253,7 @@ def _evaluate(tensor: onnx_ir.TensorProtocol, append: Callable[[memoryview], Non
         what = f"{array.dtype}{list(array.shape)}"
         data = array.reshape(-1).view(np.uint8).data
     if not right:
-        raise EngineFormatError(f"initializer {tensor.name!r} declares {tensor.dtype}{tensor.shape} but is {what}")
+        raise EngineFormatError(f"initializer {name!r} declares {tensor.dtype}{tensor.shape} but is {what}")
     for at in range(0, len(data), _CHUNK):
         append(data[at : at + _CHUNK])
 

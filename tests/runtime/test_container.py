@@ -323,6 +323,23 @@ def test_a_graph_without_large_tensors_makes_an_engine(tmp_path: Path) -> None:
     assert zipfile.ZipFile(tmp_path / "e.plan").testzip() is None
 
 
+def test_tensors_of_another_file_move_into_the_engine(tmp_path: Path) -> None:
+    arrays = {"small": np.arange(3, dtype=np.float32), "large": np.arange(3000, dtype=np.float32)}
+    (tmp_path / "other").write_bytes(arrays["small"].tobytes() + arrays["large"].tobytes())
+    tensors: dict[str, ir.TensorProtocol] = {}
+    for name, offset in (("small", 0), ("large", 12)):
+        array = arrays[name]
+        shape = ir.Shape(array.shape)
+        tensors[name] = ir.ExternalTensor(
+            "other", offset, array.nbytes, ir.DataType.FLOAT, shape=shape, name=name, base_dir=tmp_path
+        )
+    write_engine(tmp_path / "e.plan", holder(tensors), {}, {})
+    with EngineFile.open(tmp_path / "e.plan", check=True) as engine:
+        np.testing.assert_array_equal(engine.tensor("large"), arrays["large"])
+        inline = next(t for t in onnx.load_from_string(engine.graph()).graph.initializer if t.name == "small")
+    np.testing.assert_array_equal(numpy_helper.to_array(inline), arrays["small"])
+
+
 def test_zip64_structures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         zip_layout, "ZIP64_LIMIT", 3000
