@@ -101,19 +101,27 @@ def compile_(
     as_json: Json = False,
 ) -> None:
     """Compile a model directory into one engine.plan."""
-    if output is None and not dry_run:
-        raise InputError("no engine to write is named", hint="-o ENGINE, or --dry-run")
-    if verify_after and dry_run:
-        raise InputError("--verify needs an engine, --dry-run writes none", hint="leave one of them out")
     doctors.require_compile()
-    from rqc.compiler import commands
+    from rqc.compiler.api import compile_engine
+    from rqc.compiler.recipe import Recipe
+    from rqc.compiler.reports import compile_text
 
-    options: dict[str, Any] = {"verify_each": verify_each, "dump_ir": dump_ir, "dry_run": dry_run}
+    # the other flags are the fields of a recipe, by name
+    options = {name: value for name, value in context.params.items() if name in Recipe.__dataclass_fields__}
     with result_on_stdout() as emit:
-        made = commands.recipe_of(recipe, context.params)  # the flags above are the fields of a recipe, by name
-        value, passed = commands.compile_(model_dir, output, made, verify_after, options, Steps())
-        emit(value, commands.compile_text(value), as_json)
-    if not passed:
+        value = compile_engine(
+            model_dir,
+            output,
+            recipe=recipe,
+            verify=verify_after,
+            verify_each=verify_each,
+            dump_ir=dump_ir,
+            dry_run=dry_run,
+            progress=Steps(),
+            **options,
+        ).to_json()
+        emit(value, compile_text(value), as_json)
+    if value["parity"] and not value["parity"]["passed"]:
         _fail_gates(value["parity"], as_json)
 
 
@@ -133,12 +141,14 @@ def verify(
     """Compare an engine with PyTorch; exit 1 if a gate fails."""
     gates = dict(_gate(limit) for limit in gate or [])
     doctors.require_compile()
-    from rqc.compiler import commands
+    from rqc.compiler.reports import parity_text
+    from rqc.compiler.verify import verify_engine
 
     with result_on_stdout() as emit:
-        value = commands.verify(engine, model_dir, text, tokens, window, gates, threads)
-        emit(value, commands.parity_text(value), as_json)
-    if not value["passed"]:
+        report = verify_engine(engine, model_dir, text=text, tokens=tokens, window=window, gates=gates, threads=threads)
+        value = report.to_json()
+        emit(value, parity_text(value), as_json)
+    if not report.passed:
         _fail_gates(value, as_json)
 
 

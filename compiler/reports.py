@@ -1,57 +1,11 @@
-"""What `rqc compile` and `rqc verify` do once their words are parsed, and how their results read."""
+"""How the reports of a compile and of parity read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
-from rqc.compiler.console import Steps
-from rqc.compiler.pipeline import compile_model
-from rqc.compiler.recipe import Recipe
-from rqc.compiler.verify import verify_engine
 from rqc.runtime.inspection import size_text
-
-
-def recipe_of(path: Path | None, flags: Mapping[str, Any]) -> Recipe:
-    """The recipe file with the flags over it; flags that are no field of a recipe are other options of the command."""
-    names = {field.name for field in fields(Recipe)}
-    return Recipe.layered(path, {name: value for name, value in flags.items() if name in names})
-
-
-def compile_(
-    model_dir: Path,
-    output: Path | None,
-    recipe: Recipe,
-    verify_after: bool,
-    options: Mapping[str, Any],
-    steps: Steps,
-) -> tuple[dict[str, Any], bool]:
-    """Compile and, if wanted, verify: the report as plain values, and whether every gate passed."""
-    report = compile_model(model_dir, output, recipe=recipe, progress=steps, **options)
-    value: dict[str, Any] = dict(report.to_json())
-    if not verify_after or output is None:
-        return value, True
-    steps.line("verifying against PyTorch")
-    parity = verify_engine(output, model_dir)
-    return {**value, "parity": parity.to_json()}, parity.passed
-
-
-def verify(
-    engine: Path,
-    model_dir: Path,
-    text: Path | None,
-    tokens: int,
-    window: int,
-    gates: Mapping[str, float],
-    threads: int | None,
-) -> dict[str, Any]:
-    """The parity report as plain values."""
-    report = verify_engine(
-        engine, model_dir, text=text, tokens=tokens, window=window, gates=dict(gates), threads=threads
-    )
-    return dict(report.to_json())
 
 
 def compile_text(value: Mapping[str, Any]) -> str:
