@@ -221,7 +221,7 @@ def test_doctor_and_version(rqc):
         (["run"], "ENGINE", "rqc run --help"),
         (["run", "e.plan", "--warmth", "2"], "--warmth", "rqc run --help"),
         (["finetune", "m"], "finetune", "rqc --help"),
-        (["bench", "e.plan", "--threads", "two"], "two", "rqc bench --help"),
+        (["bench", "e.plan", "--threads", "two"], "--threads", "rqc bench --help"),
     ],
 )
 def test_errors_are_two_lines_or_one_object(rqc, args, said, hinted, tmp_path, monkeypatch):
