@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from rqc.compiler.windows import add_sliding_windows
@@ -19,10 +20,12 @@ from rqc.models.checkpoint import Checkpoint, read_config
 from rqc.models.description import EMBEDDING, HEAD, Architecture, Description, require_claim, segments
 from rqc.models.families import Family, family_of
 from rqc.models.weights import Weight
-from rqc.passes.base import LINEAR, set_weight
+from rqc.passes.base import LINEAR, initializer, insert_after, replace_uses, set_weight, weight_of
 from rqc.runtime.errors import CheckpointError, UnsupportedModelError
 
 PROVIDER = "rqc"
+DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+"""Buffers of old checkpoints that follow from the config."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,13 @@ def import_model(model_dir: str | Path) -> Imported:
     architecture = _architecture(config)
     model = _skeleton(model_dir)
     description = Description.of(architecture, model.graph.initializers)
+    _add_dropped_biases(model, description, checkpoint)
     _attach_weights(model, description, checkpoint, family)
     _mark_linears(model, description)
+    _exact_embedding_scale(model, architecture)
+    _exact_attention_scale(model, config)
     add_sliding_windows(model, config, architecture)
+    _check_all_used(model, checkpoint, architecture)
     return Imported(model, description, checkpoint, config)
 
 
@@ -84,6 +91,57 @@ def _skeleton(model_dir: str | Path) -> ir.Model:
     if foreign:
         raise UnsupportedModelError(f"the importer left operators of domain {foreign[0]!r} in the graph")
     return model
+
+
+def _exact_embedding_scale(model: ir.Model, architecture: Architecture) -> None:
+    """Gemma multiplies embeddings with √hidden; the skeleton rounds that constant to bfloat16, a float32 model does not."""
+    if not architecture.model_type.startswith("gemma"):
+        return
+    root = np.asarray(architecture.hidden_size**0.5, np.float32)
+    for node in model.graph:
+        constants = [value for value in node.inputs if value is not None and value.is_initializer()]
+        if node.op_type == "Mul" and "embed_tokens" in (node.name or "") and len(constants) == 1:
+            exact = initializer(model, "rqc.embedding_scale", root)
+            node.replace_input_with(list(node.inputs).index(constants[0]), exact)
+            return
+    raise UnsupportedModelError(f"{architecture.model_type}: the graph does not scale its embeddings")
+
+
+def _exact_attention_scale(model: ir.Model, config: dict[str, Any]) -> None:
+    """Gemma's query_pre_attn_scalar replaces the head size in 1/√d; the skeleton of Gemma 3 passes it over."""
+    scalar = config.get("query_pre_attn_scalar")
+    for node in model.graph:
+        if scalar and node.op_type == "Attention":
+            node.attributes["scale"] = ir.AttrFloat32("scale", float(scalar) ** -0.5)
+
+
+def _add_dropped_biases(model: ir.Model, description: Description, checkpoint: Checkpoint) -> None:
+    """Put back biases that the checkpoint has and the skeleton lacks (a Llama with mlp_bias or a biased o_proj)."""
+    for node in list(model.graph):
+        name = _weight_name(node) if node.op_type == "MatMul" else None
+        claim = description.by_weight.get(name or "")
+        if claim is None or claim.bias not in checkpoint or claim.bias in model.graph.initializers:
+            continue
+        bias = ir.Value(name=claim.bias)
+        set_weight(bias, Weight(checkpoint, claim.bias, checkpoint.info(claim.bias).shape))
+        model.graph.register_initializer(bias)
+        add = ir.node("Add", [node.outputs[0], bias], name=(node.name or "").replace("MatMul", "Add"))
+        old, new = node.outputs[0], add.outputs[0]
+        new.name, new.shape, new.type = f"{old.name}.biased", old.shape, old.type
+        insert_after(node, [add])
+        replace_uses(old, new, keep=[add])
+
+
+def _check_all_used(model: ir.Model, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Raise UnsupportedModelError if the graph leaves a tensor of the checkpoint unread: the function would be another one."""
+    read = {weight.name for value in model.graph.initializers.values() if (weight := weight_of(value)) is not None}
+    for name in checkpoint.tensors:
+        derived = name.endswith(DERIVED) or (architecture.tied and name == HEAD)
+        if name not in read and not derived:
+            raise UnsupportedModelError(
+                f"{architecture.model_type}: the graph does not use tensor {name!r} of the checkpoint",
+                hint="rqc does not know this variant of the architecture",
+            )
 
 
 def _attach_weights(model: ir.Model, description: Description, checkpoint: Checkpoint, family: Family) -> None:

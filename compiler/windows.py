@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from rqc.models.description import Architecture
 from rqc.passes.base import initializer, insert_before
+from rqc.runtime.errors import UnsupportedModelError
 
 WINDOW = "rqc.window"
 """Mark on an Attention node: how many positions back a query sees, itself included."""
@@ -26,25 +27,45 @@ def layer_windows(config: dict[str, Any], architecture: Architecture) -> list[in
 
 
 def add_sliding_windows(model: ir.Model, config: dict[str, Any], architecture: Architecture) -> None:
-    """Mark every Attention node with its window, and put windows into masks that lack them.
+    """Mark every Attention node with its window and give every layer the mask that transformers gives it.
 
-    The importer gives families of mixed layers (Gemma 2/3) their windowed masks but builds a model whose layers all slide
-    (Mistral, Phi-3) with full attention.
+    The importer builds a model whose layers all slide (Mistral, Phi-3) with full attention, and Gemma 2 with its windows on the wrong
+    layers. Masks that already hold a window are replaced wherever the graph has a full one to start from.
     """
     windows = layer_windows(config, architecture)
+    if not any(windows):
+        return
     attentions = [node for node in model.graph if node.op_type == "Attention"]
-    masked = architecture.model_type in ("gemma2", "gemma3_text")
-    banded: dict[tuple[ir.Value, int], ir.Value] = {}
+    full = next((mask for node in attentions if (mask := node.inputs[3]) is not None and not _has_window(mask)), None)
+    if full is None:
+        raise UnsupportedModelError(
+            f"{architecture.model_type}: the importer gave no layer a full mask", hint="rqc cannot prove this window"
+        )
+    banded: dict[int, ir.Value] = {}
+    first = min((user for user, _ in full.uses()), key=list(model.graph).index)
     for node, window in zip(attentions, windows, strict=True):
         if window is None:
+            node.replace_input_with(3, full)
             continue
         node.metadata_props[WINDOW] = str(window)
-        mask = node.inputs[3]
-        if masked or mask is None or window >= architecture.context_length:
+        if window not in banded:
+            banded[window] = _band(model, first, full, window)
+        node.replace_input_with(3, banded[window])
+
+
+def _has_window(mask: ir.Value) -> bool:
+    """Whether a comparison of distances (Less) went into a mask."""
+    seen: set[ir.Node] = set()
+    waiting = [mask.producer()]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
             continue
-        if (mask, window) not in banded:
-            banded[mask, window] = _band(model, node, mask, window)
-        node.replace_input_with(3, banded[mask, window])
+        if node.op_type == "Less":
+            return True
+        seen.add(node)
+        waiting += [value.producer() for value in node.inputs if value is not None]
+    return False
 
 
 def _band(model: ir.Model, anchor: ir.Node, mask: ir.Value, window: int) -> ir.Value:
