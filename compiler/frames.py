@@ -16,7 +16,7 @@ from rqc.compiler.instruments import Progress
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import block_bytes
-from rqc.compiler.targets.onnx import packing
+from rqc.compiler.targets.onnx import activations, packing
 from rqc.compiler.text import calibration_text, read_text, windows
 from rqc.models.rotation import Rotation
 from rqc.passes.lower import RemoveDeadParts, TransposeInKernel
@@ -65,7 +65,8 @@ def _score(recipe: Recipe, imported: Imported, rotation: Rotation, ids: NDArray[
     """Perplexity of the quantized graph in this frame, four significant digits. The graph is built anew: weights are lazy."""
     fresh = import_model(imported.checkpoint.directory)
     steps = [*frame(recipe, fresh.description, rotation), *grids(recipe, fresh.description)]
-    for step in [*steps, *packing(recipe, fresh.description), TransposeInKernel(), RemoveDeadParts()]:
+    packed = [*packing(recipe, fresh.description), TransposeInKernel(), RemoveDeadParts()]
+    for step in [*steps, *packed, *activations(recipe)]:
         step(fresh.model)
     return float(f"{perplexity(fresh.model, ids):.4g}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.targets.onnx import lowering, packing
+from rqc.compiler.targets.onnx import activations, lowering, packing
 from rqc.models.description import Description
 from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
@@ -15,8 +15,14 @@ from rqc.passes.ties import Untie
 
 
 def passes_of(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
-    """THE list: exact folds, the online halves, the lossy grid, the kernels' form, activations, the target."""
-    return [*frame(recipe, description, rotation), *grids(recipe, description), *packing(recipe, description), *lowering()]
+    """THE list: exact folds with their online halves, the lossy grid, the kernels' form, the target's fusions, activations."""
+    return [
+        *frame(recipe, description, rotation),
+        *grids(recipe, description),
+        *packing(recipe, description),
+        *lowering(),
+        *activations(recipe),
+    ]
 
 
 def frame(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:

@@ -14,18 +14,20 @@ from rqc.passes.pack_projections import PackProjections
 
 
 def packing(recipe: Recipe, description: Description) -> list[Pass]:
-    """From DequantizeLinear to the kernels' own form, then activations onto their grid: the last lossy step."""
+    """From DequantizeLinear to the kernels' own form. Float accumulation reads 8-bit codes as nibble planes."""
     if not recipe.scheme.quantized:
         return [StoreHalf()] if recipe.scheme.float_type == "float16" else []
-    passes: list[Pass] = [PackBlocks(), PackProjections(description)]
-    if recipe.scheme.activation_bits == 8:
-        return [*passes, Int8Accumulation()]
-    passes.append(SplitNibbles())
-    if recipe.scheme.quantizes_activations:
-        passes.append(QuantizeActivations(recipe.scheme.activation_bits))
-    return passes
+    planes = [] if recipe.scheme.activation_bits == 8 else [SplitNibbles()]
+    return [PackBlocks(), PackProjections(description), *planes]
 
 
 def lowering() -> list[Pass]:
     """Fusions for the runtime; each is exact."""
     return [TransposeInKernel(), FuseGroupQueryAttention(), SelectPositions(), FuseSkipNorm(), RemoveDeadParts()]
+
+
+def activations(recipe: Recipe) -> list[Pass]:
+    """Activations onto their grid. Last of all: behind it no pass could be measured, since rounding amplifies any last bit."""
+    if recipe.scheme.activation_bits == 8:
+        return [Int8Accumulation()]
+    return [QuantizeActivations(recipe.scheme.activation_bits)] if recipe.scheme.quantizes_activations else []
