@@ -20,7 +20,7 @@ __all__ = ["Engine", "RqcError", "__version__", "compile", "load", "verify"]
 _HOMES = {
     "Engine": ("rqc.runtime.engine", "Engine"),
     "RqcError": ("rqc.runtime.errors", "RqcError"),
-    "compile": ("rqc.compiler.pipeline", "compile_model"),
+    "compile": ("rqc.compiler.api", "compile_engine"),
     "load": ("rqc.runtime.engine", "Engine.load"),
     "verify": ("rqc.compiler.verify", "verify_engine"),
 }

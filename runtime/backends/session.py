@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from rqc.runtime.container import EngineFile
-from rqc.runtime.errors import EngineFormatError, InputError, ResourceError, RqcError
+from rqc.runtime.errors import EngineFormatError, InputError, ResourceError, RqcError, TargetError
 
 _FATAL_ONLY = 4  # ORT prints its own coloured line for an error that also comes back as an exception
 _MAX_THREADS = 1024
+# A serialized attribute local_window_size above 0: its name (field 1), then its value (field 3) as a short varint.
+_WINDOW = re.compile(rb"\x0a\x11local_window_size\x18(?!\x00)[\x80-\xff]{0,8}[\x00-\x7f]")
+_EXACT_WINDOWS = (1, 31)
 
 
 def default_threads() -> int:
-    """Physical cores that this process may run on: a second thread on a core gains nothing in a matrix product."""
+    """Physical cores that this process may use: a second thread on a core gains nothing in a matrix product.
+
+    In a container with a processor quota no more than the quota: threads beyond it stop each other.
+    """
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = {_siblings(cpu) for cpu in usable}
-    return max(1, len(cores))
+    return max(1, min(len(cores), _quota(Path("/sys/fs/cgroup/cpu.max"))))
+
+
+def _quota(limits: Path) -> int:
+    """Whole processors that a cgroup (version 2) grants in its cpu.max, "max" or microseconds, then the period."""
+    words = limits.read_text(encoding="ascii").split() if limits.is_file() else []
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        return _MAX_THREADS
+    return max(1, int(words[0]) // max(1, int(words[1])))
 
 
 def _siblings(cpu: int) -> str:
@@ -50,12 +65,28 @@ def open_session(engine: EngineFile, threads: int, *, spin: bool = True) -> ort.
     options.log_severity_level = _FATAL_ONLY
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", engine.directory)
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    graph = engine.graph()
+    _refuse_inexact_windows(graph, ort.__version__)
     try:
-        return ort.InferenceSession(engine.graph(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except RqcError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise _translated(error, "ONNX Runtime does not load this engine's graph") from error
+
+
+def _refuse_inexact_windows(graph: bytes, version: str) -> None:
+    """Raise TargetError for sliding windows on an ONNX Runtime that computes something else, without a word.
+
+    By trial: GroupQueryAttention of 1.23.2 on a CPU looks one token further back than local_window_size, 1.31.1 does
+    not; those between were not tried. Python 3.10 gets no newer one than 1.23.2.
+    """
+    installed = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if installed < _EXACT_WINDOWS and _WINDOW.search(graph):
+        raise TargetError(
+            f"this engine has sliding-window attention, which ONNX Runtime {version} computes differently",
+            hint="install onnxruntime 1.31 or later (Python 3.11 or later)",
+        )
 
 
 def run_bound(session: ort.InferenceSession, binding: Any) -> None:

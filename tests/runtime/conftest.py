@@ -172,8 +172,8 @@ class GraphBuilder:
             [helper.make_tensor_value_info(name, *spec) for name, spec in outputs.items()],
             self.initializers,
         )
-        opsets = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=11)
+        opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 def byte_level_tokenizer(vocab: int) -> Tokenizer:

@@ -13,6 +13,7 @@ import pytest
 
 import rqc
 from rqc.compiler.plan import write_engine
+from rqc.runtime.backends.session import _refuse_inexact_windows
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import EngineFormatError, InputError, TargetError
 
@@ -270,8 +271,11 @@ def test_an_interrupt_leaves_the_engine_usable(engine, cache):
             loaded.generate([[1, 2, 3], [4]], max_new_tokens=500)
 
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        forever()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            forever()
+    finally:
+        timer.cancel()
     assert loaded.last_finish_reasons in ([None, None], ["length", "length"])
     assert loaded.generate_ids([1, 2, 3], max_new_tokens=30) == before
 
@@ -335,6 +339,20 @@ def test_a_graph_that_onnx_runtime_refuses(tmp_path, tiny_parts):
     write_engine(tmp_path / "engine.plan", model, manifest, {})
     with pytest.raises(EngineFormatError, match="NoSuchOperator"):
         Engine.load(tmp_path / "engine.plan", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("window", "version", "refused"),
+    [(5, "1.23.2", True), (4096, "1.30.0", True), (5, "1.31.1", False), (5, "2.0.0", False), (-1, "1.23.2", False)],
+)
+def test_windows_are_refused_where_the_kernel_is_off_by_one(tiny_parts, window, version, refused):
+    model, _ = tiny_parts(window=window)
+    graph = onnx_ir.to_proto(model).SerializeToString()
+    if not refused:
+        _refuse_inexact_windows(graph, version)
+        return
+    with pytest.raises(TargetError, match="sliding-window"):
+        _refuse_inexact_windows(graph, version)
 
 
 def test_logits_that_are_no_numbers_are_an_error(tmp_path, tiny_parts):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import rqc
-from rqc.runtime.backends.session import default_threads
+from rqc.runtime.backends.session import _quota, default_threads
 from rqc.runtime.bench import bench_engine, peak_rss_bytes
 from rqc.runtime.errors import InputError
 
@@ -73,6 +73,15 @@ def test_bench_sizes(engine_path):
     for sizes in ({"prompt_tokens": 60, "new_tokens": 5}, {"prompt_tokens": 0}, {"new_tokens": 1}, {"repeats": 0}):
         with pytest.raises(InputError):
             bench_engine(path, threads=1, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("200000 100000\n", 2), ("50000 100000\n", 1), ("350000 100000", 3), ("max 100000\n", 1024)]
+)
+def test_a_container_quota_limits_the_threads(tmp_path, text, expected):
+    (tmp_path / "cpu.max").write_text(text)
+    assert _quota(tmp_path / "cpu.max") == expected
+    assert _quota(tmp_path / "absent") == 1024
 
 
 def test_measures_of_the_process():
