@@ -115,22 +115,20 @@ def external_tensors(model: bytes) -> list[ExternalRef]:
         raise _damaged(f"{roots} main graphs instead of one")
     if len({ref.name for ref in found}) != len(found):
         raise _damaged("two external initializers have the same name")
-    return sorted(found, key=lambda ref: ref.location_span)
+    return found
 
 
 def _tensor(data: bytes, start: int, end: int, *, allowed: bool) -> ExternalRef | None:
     """The external reference of the TensorProto in data[start:end], or None if it holds its bytes itself."""
     name, dims, payload = "", [], ""
     numbers: dict[int, int] = {2: 0, 14: 0}
-    seen: set[int] = set()
     entries: list[Span] = []
     for number, wire, first, after in _fields(data, start, end):
         if number == 13 and wire == _BYTES:
             entries.append((first, after))
         elif number in (2, 8, 14):
-            if number in seen or wire != (_BYTES if number == 8 else _VARINT):
-                raise _damaged(f"a tensor with an invalid field {number}")
-            seen.add(number)
+            if wire != (_BYTES if number == 8 else _VARINT):
+                raise _damaged(f"field {number} of a tensor has wire type {wire}")
             if number == 8:
                 name = data[first:after].decode("utf-8", "backslashreplace")
             else:

@@ -279,6 +279,40 @@ def test_bytes_that_belong_to_nothing(tmp_path: Path, sound: dict[str, bytes], f
     hole = join(sound, [*entries[:-1], moved])
     hole = hole[: last.header] + bytes(100) + hole[last.header :]
     refuse(path, hole, "begins at byte")
+    directory = sound_directory(file)
+    refuse(path, file[:directory] + bytes(100) + file[directory:], "does not lie right before")
+    data = bytearray(file[:directory] + bytes(100) + file[directory:])
+    struct.pack_into("<I", data, len(data) - 6, directory + 100)
+    refuse(path, bytes(data), "the ZIP directory at byte")
+
+
+def sound_directory(file: bytes) -> int:
+    """Where the directory of a file without ZIP64 begins."""
+    place: int = struct.unpack_from("<I", file, len(file) - 6)[0]
+    return place
+
+
+def test_a_directory_that_holds_more_than_its_entries(tmp_path: Path, file: bytes) -> None:
+    data = bytearray(file[:-22] + bytes(50) + file[-22:])
+    struct.pack_into("<I", data, len(data) - 10, len(file) - 22 - sound_directory(file) + 50)
+    refuse(tmp_path / "e.plan", bytes(data), "the ZIP directory at byte")
+
+
+@pytest.mark.parametrize("room", range(6))
+def test_a_header_without_room_for_its_padding_field(tmp_path: Path, sound: dict[str, bytes], room: int) -> None:
+    for size in range(4096):  # the size of "a" at which "b" gets a padding of 4096 + room bytes
+        content = {name: sound[name] for name in (MANIFEST, GRAPH, WEIGHTS)} | {"a": bytes(size), "b": b"b"}
+        entries = placed(content)
+        if entries[4].start - entries[4].header - 31 == 4096 + room:
+            break
+    else:
+        pytest.fail("there is no such size")
+    data = bytearray(join(content, entries))
+    struct.pack_into("<H", data, entries[4].header + 28, room)
+    # "b" takes in the rest of its padding
+    struct.pack_into("<2I", data, central(bytes(data), "b") + 20, 4097, 4097)
+    struct.pack_into("<2I", data, entries[4].header + 18, 4097, 4097)
+    refuse(tmp_path / "e.plan", bytes(data), "'b' has a wrong header")
 
 
 def test_entries_that_overlap(tmp_path: Path, sound: dict[str, bytes]) -> None:
@@ -294,7 +328,7 @@ def test_entries_that_overlap(tmp_path: Path, sound: dict[str, bytes]) -> None:
 
 def test_a_bomb_of_entries_is_refused_at_once(tmp_path: Path) -> None:
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 1 << 30, 4, 0)
-    refuse(tmp_path / "e.plan", b"PK\3\4" + end, "claims 65535 entries")
+    refuse(tmp_path / "e.plan", b"PK\3\4" + end, "claims 1073741824 bytes")
 
 
 # the manifest

@@ -252,19 +252,30 @@ def test_field_numbers_that_other_parsers_cut_short(tmp_path: Path, sound: dict[
 
 
 @pytest.mark.parametrize(
-    "tail",
+    ("tail", "match"),
     [
-        b"\x3a",  # a graph without a length
-        b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",  # one of 2^64 - 1 bytes
-        b"\x3a" + b"\x80" * 11,  # a number without an end
-        b"\x38\x01",  # a graph that is a number
-        b"\x3b\x3c",  # groups, which ONNX does not use
-        b"\x02\x00",  # field 0
-        b"\xff",
+        (b"\x3a", "no valid protobuf number"),  # a graph without a length
+        (b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", "does not fit"),  # one of 2^64 - 1 bytes
+        (b"\x08" + b"\x80" * 9, "no valid protobuf number"),
+        (b"\x08" + b"\x80" * 10 + b"\x01", "no valid protobuf number"),
+        (b"\x38\x01", "field 7 of a model has wire type 0"),
+        (b"\x3d\0\0\0\0", "field 7 of a model has wire type 5"),
+        (b"\x3b\x3c", "wire type 3"),  # groups, which ONNX does not use
+        (b"\x02\x00", "invalid field number"),
+        (b"\xff", "no valid protobuf number"),
     ],
 )
-def test_bytes_that_are_no_message(tmp_path: Path, sound: dict[str, bytes], tail: bytes) -> None:
-    refuse(tmp_path / "e.plan", sound, sound[GRAPH] + tail, r"graph\.onnx: ")
+def test_bytes_that_are_no_message(tmp_path: Path, sound: dict[str, bytes], tail: bytes, match: str) -> None:
+    refuse(tmp_path / "e.plan", sound, sound[GRAPH] + tail, match)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(2 << 3 | 5, bytes(4)), (8 << 3, b"\1"), (14 << 3 | 2, b"\0"), (1 << 3 | 5, bytes(4))]
+)
+def test_tensor_fields_of_another_wire_type(sound: dict[str, bytes], key: int, value: bytes) -> None:
+    tensor = field(5, outside().SerializeToString() + varint(key) + value)
+    with pytest.raises(EngineFormatError, match="wire type"):
+        external_tensors(field(7, tensor))
 
 
 def test_deep_nesting(tmp_path: Path, sound: dict[str, bytes]) -> None:
