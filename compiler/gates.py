@@ -1,0 +1,87 @@
+"""Gates: which measured values make an engine pass. Faithful gates always count; quality gates count when the user sets them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rqc.compiler.scheme import Scheme
+from rqc.runtime.errors import InputError
+
+FAITHFUL_KL = 1e-6
+"""Nats per token up to which an engine counts as the same function as its PyTorch reference in float32."""
+EQUAL_CODES = 0.999
+CODE_DISTANCE = 1.0
+LINEAR_ERROR = 1e-5
+PPL_FIDELITY = {8: 1.03, 6: 1.05, 4: 1.10}
+"""Perplexity of engine and of fake quantization, larger over smaller: rounding of activations is chaotic, the coarser the more."""
+QUALITY = {"fp16": 1.005, "w8a16": 1.02, "w8a8": 1.02, "w6a6": 1.05, "w4a16": 1.25, "w4a8": 1.25}
+"""ppl_engine / ppl_reference that is to be expected of a scheme; fp32 is gated by KL, others are for the user to judge."""
+AT_LEAST = ("top1_agreement", "equal_codes")
+"""Values that must not be below their limit; all others must not be above it."""
+MEASURES = ("ppl_ratio", "mean_kl", "max_abs", "top1_agreement", "ppl_engine")
+"""What the user may gate for any scheme."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One verdict. `counts`: whether it decides; one that does not is printed with its verdict. limit None: nothing to hold it to."""
+
+    name: str
+    value: float
+    limit: float | None
+    counts: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is within its limit; a value that is no number never is."""
+        if self.limit is None:
+            return True
+        return self.value >= self.limit if self.name in AT_LEAST else self.value <= self.limit
+
+    def to_json(self) -> dict[str, object]:
+        """The gate as it stands in `rqc verify --json`; values that JSON cannot hold become null."""
+        value = self.value if math.isfinite(self.value) else None
+        return {"name": self.name, "value": value, "limit": self.limit, "passed": self.passed}
+
+
+def check_limits(limits: Mapping[str, float], scheme: Scheme) -> None:
+    """Refuse gates that no engine of this scheme has. Raises InputError naming the known ones."""
+    known = [*MEASURES, *(name for name in faithful_limits(scheme) if name not in MEASURES)]
+    for name, limit in limits.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"gates of {scheme}: {', '.join(known)}"
+            raise InputError(f"unknown gate {name!r} for scheme {scheme}", hint=hint)
+        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or math.isnan(limit):
+            raise InputError(f"gate {name} has the limit {limit!r}", hint="a limit is a number")
+        fixed = faithful_limits(scheme).get(name)
+        if fixed is not None and (limit < fixed if name in AT_LEAST else limit > fixed):
+            raise InputError(f"gate {name}={limit:g} is looser than its fixed limit {fixed:g}", hint="it can only be tightened")
+
+
+def faithful_limits(scheme: Scheme) -> dict[str, float]:
+    """The gates that always count for a scheme and have one limit (that of `weights` depends on the layer's grid)."""
+    if not scheme.quantizes_activations:
+        return {"mean_kl": FAITHFUL_KL}
+    return {
+        "equal_codes": EQUAL_CODES,
+        "code_distance": CODE_DISTANCE,
+        "linear_error": LINEAR_ERROR,
+        "ppl_fidelity": PPL_FIDELITY[scheme.activation_bits],
+    }
+
+
+def judge(scheme: Scheme, faithful: Mapping[str, float], measured: Mapping[str, float], limits: Mapping[str, float]) -> list[Gate]:
+    """Verdicts on the faithful values (limits of the scheme, tightened by the user's), then on the others that the user gates.
+
+    `ppl_ratio` is always among them: with the user's limit, which counts, or else with the scheme's expectation, which does not.
+    """
+    fixed = faithful_limits(scheme)
+    gates = [Gate(name, value, limits.get(name, fixed[name])) for name, value in faithful.items()]
+    expected = limits.get("ppl_ratio", QUALITY.get(scheme.name))
+    gates.append(Gate("ppl_ratio", measured["ppl_ratio"], expected, counts="ppl_ratio" in limits))
+    extra = [name for name in limits if name not in faithful and name != "ppl_ratio"]
+    return gates + [Gate(name, measured[name], limits[name]) for name in extra]

@@ -1,0 +1,131 @@
+"""The weights that an engine holds, read back from the file itself: what its nodes compute with, whichever way it is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rqc.models.description import EMBEDDING
+from rqc.models.packing import Quantized, unpack
+from rqc.passes.base import LINEAR
+from rqc.runtime.container import EngineFile
+from rqc.runtime.errors import EngineFormatError
+
+BLOCK_OPS = ("MatMulNBits", "GatherBlockQuantized")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLinear:
+    """One linear (or the embedding) of an engine: the parameters stacked in it, and the nodes that compute it.
+
+    Several nodes are the planes of one weight, whose outputs are added.
+    """
+
+    names: tuple[str, ...]
+    nodes: tuple[ir.Node, ...]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its weight is stored in blocks of codes."""
+        return self.nodes[0].op_type in BLOCK_OPS
+
+    @property
+    def label(self) -> str:
+        """What reports call it: the manifest's name."""
+        return "+".join(self.names)
+
+    @property
+    def input(self) -> ir.Value:
+        """x, as the kernel gets it (token ids for the embedding)."""
+        value = self.nodes[0].inputs[1 if self.names == (EMBEDDING,) else 0]
+        assert value is not None
+        return value
+
+    @property
+    def output(self) -> ir.Value:
+        """y = x Wᵀ + b: behind the Add where there are two planes."""
+        value = self.nodes[0].outputs[0]
+        return value if len(self.nodes) == 1 else next(iter(value.uses()))[0].outputs[0]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredGraph:
+    """An engine's graph with the weights still in the file, and its linears by the names of the manifest."""
+
+    file: EngineFile
+    model: ir.Model
+    linears: Mapping[str, StoredLinear]
+
+    @classmethod
+    def read(cls, file: EngineFile) -> StoredGraph:
+        """Find every linear of an engine. Raises EngineFormatError if its graph has no embedding."""
+        model = ir.serde.deserialize_model(onnx.load_model_from_string(file.graph()))
+        found: dict[str, list[ir.Node]] = {}
+        for node in model.graph:
+            if name := node.metadata_props.get(LINEAR):
+                found.setdefault(name, []).append(node)
+            elif node.op_type == "GatherBlockQuantized" or (node.op_type == "Gather" and _table(node) is not None):
+                found.setdefault(EMBEDDING, []).append(node)
+        if EMBEDDING not in found:
+            raise EngineFormatError(f"{file.path}: the graph has no embedding", hint="compile the engine again")
+        linears = {name: StoredLinear(tuple(name.split("+")), tuple(nodes)) for name, nodes in found.items()}
+        return cls(file, model, linears)
+
+    def quantized(self, linear: StoredLinear, bits: int) -> Quantized:
+        """Codes, scales and zero points of a linear in blocks, its planes put together; bits: the width of its grid."""
+        planes = [self._plane(node, bits) for node in linear.nodes]
+        if len(planes) == 1:
+            return planes[0]
+        high, low = sorted(planes, key=lambda plane: -float(np.abs(plane.scales).sum()))
+        assert high.zero_points is not None and low.zero_points is not None
+        if not np.array_equal(high.scales, 16 * low.scales):
+            raise EngineFormatError(f"{linear.label}: its two planes do not fit together", hint="compile the engine again")
+        codes, zeros = 16 * high.codes + low.codes, 16 * high.zero_points + low.zero_points
+        return Quantized(codes, low.scales, zeros, bits, 8, low.block_size)
+
+    def floats(self, linear: StoredLinear) -> NDArray[np.generic]:
+        """The weight [out, in] of a linear that is stored as floats, in the type of the file."""
+        node = linear.nodes[0]
+        value = node.inputs[0 if linear.names == (EMBEDDING,) else 1]
+        producer = value.producer() if value is not None else None
+        stored = self._array(producer.inputs[0] if producer is not None else value)
+        transposed = node.op_type == "MatMul" and (producer is None or producer.op_type != "Transpose")
+        return stored.T if transposed else stored
+
+    def _plane(self, node: ir.Node, bits: int) -> Quantized:
+        storage, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
+        if node.op_type == "MatMulNBits":
+            codes, scales, zeros = node.inputs[1], node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
+            width = node.attributes["K"].as_int()
+        else:
+            codes, scales, zeros = node.inputs[0], node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
+            width = -1
+        packed, steps = self._array(codes), np.asarray(self._array(scales), np.float32)
+        unpacked = unpack(packed.reshape(len(packed), -1).view(np.uint8), storage)
+        steps = steps.reshape(len(unpacked), -1)
+        points = np.full(steps.shape, 1 << (storage - 1), np.uint8)
+        if zeros is not None:
+            points = unpack(self._array(zeros).reshape(len(unpacked), -1).view(np.uint8), storage)[:, : steps.shape[1]]
+        return Quantized(unpacked[:, :width] if width > 0 else unpacked, steps, points, bits, storage, block)
+
+    def _array(self, value: ir.Value | None) -> NDArray[np.generic]:
+        """An initializer's values, from the mapped file or, if it is small, from the graph."""
+        assert value is not None
+        if value.name in self.file.tensors:
+            return self.file.tensor(value.name)
+        if value.const_value is None:
+            raise EngineFormatError(f"{self.file.path}: {value.name} is no stored tensor", hint="compile the engine again")
+        return value.const_value.numpy()
+
+
+def _table(node: ir.Node) -> ir.Value | None:
+    """The initializer that a Gather takes the embedding's rows from, directly or through a Cast; None for other gathers."""
+    value = node.inputs[0]
+    producer = value.producer() if value is not None else None
+    source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+    return source if source is not None and (source.name or "").startswith(EMBEDDING) else None
