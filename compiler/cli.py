@@ -104,7 +104,7 @@ def compile_(
     doctors.require_compile()
     from rqc.compiler.api import compile_engine
     from rqc.compiler.recipe import Recipe
-    from rqc.compiler.reports import compile_text
+    from rqc.compiler.reports import compile_text, failed_gates
 
     # the other flags are the fields of a recipe, by name
     options = {name: value for name, value in context.params.items() if name in Recipe.__dataclass_fields__}
@@ -122,7 +122,7 @@ def compile_(
         ).to_json()
         emit(value, compile_text(value), as_json)
     if value["parity"] and not value["parity"]["passed"]:
-        _fail_gates(value["parity"], as_json)
+        _fail_gates(failed_gates(value["parity"]), as_json)
 
 
 @app.command()
@@ -141,15 +141,15 @@ def verify(
     """Compare an engine with PyTorch; exit 1 if a gate fails."""
     gates = dict(_gate(limit) for limit in gate or [])
     doctors.require_compile()
-    from rqc.compiler.reports import parity_text
+    from rqc.compiler.reports import failed_gates, parity_text
     from rqc.compiler.verify import verify_engine
 
     with result_on_stdout() as emit:
         report = verify_engine(engine, model_dir, text=text, tokens=tokens, window=window, gates=gates, threads=threads)
-        value = report.to_json()
-        emit(value, parity_text(value), as_json)
+        value, idle = report.to_json(), [gate.name for gate in report.gates if not gate.counts]
+        emit(value, parity_text(value, idle, report.notes), as_json)
     if not report.passed:
-        _fail_gates(value, as_json)
+        _fail_gates(failed_gates(value, idle), as_json)
 
 
 @app.command()
@@ -263,12 +263,11 @@ def _gate(text: str) -> tuple[str, float]:
         raise InputError(f"--gate {text}", hint="--gate NAME=VALUE, such as ppl_ratio=1.05") from None
 
 
-def _fail_gates(parity: dict[str, Any], as_json: bool) -> None:
+def _fail_gates(failed: Sequence[str], as_json: bool) -> None:
     """End with exit code 1; the report is already on stdout."""
     if as_json:
         raise typer.Exit(1)
-    failed = ", ".join(gate["name"] for gate in parity["gates"] if not gate["passed"])
-    raise ParityError(f"gates failed: {failed}", hint="the table above has values and limits")
+    raise ParityError(f"gates failed: {', '.join(failed)}", hint="the table above has values and limits")
 
 
 def _bench_text(measured: dict[str, float | int]) -> str:

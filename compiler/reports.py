@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rqc.runtime.inspection import size_text
+
+IDLE = ("ppl_ratio",)
+"""Gates of quality count only where a limit was set; `rqc compile --verify` sets none."""
 
 
 def compile_text(value: Mapping[str, Any]) -> str:
@@ -22,25 +25,34 @@ def compile_text(value: Mapping[str, Any]) -> str:
     return "\n".join([*lines, parity_text(value["parity"])] if value.get("parity") else lines)
 
 
-def parity_text(value: Mapping[str, Any]) -> str:
-    """A parity report for a person: figures, then one line for each gate."""
+def parity_text(value: Mapping[str, Any], idle: Collection[str] = IDLE, notes: Sequence[str] = ()) -> str:
+    """A parity report for a person: figures, gates, notes. idle: gates that are told but do not count."""
     rows = [
         ("tokens", f"{value['tokens']}"),
         ("largest", f"{_figure(value['max_abs'])} difference of a logit"),
         ("mean KL", _figure(value["mean_kl"])),
         ("top-1", f"{_figure(value['top1_agreement'])} agreement"),
         ("perplexity", f"{_figure(value['ppl_engine'])}, PyTorch {_figure(value['ppl_reference'])}"),
-        *((f"gate {gate['name']}", _gate_text(gate)) for gate in value["gates"]),
+        *((f"gate {gate['name']}", _gate_text(gate, gate["name"] not in idle)) for gate in value["gates"]),
+        *(("note", note) for note in notes),
         ("verdict", "passed" if value["passed"] else "failed"),
     ]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows)
 
 
-def _gate_text(gate: Mapping[str, Any]) -> str:
-    verdict = "passed" if gate["passed"] else "FAILED"
-    limit = "no limit" if gate["limit"] is None else f"limit {_figure(gate['limit'])}"
-    return f"{_figure(gate['value'])}, {limit}: {verdict}"
+def failed_gates(value: Mapping[str, Any], idle: Collection[str] = IDLE) -> list[str]:
+    """Names of the gates that failed and count."""
+    return [gate["name"] for gate in value["gates"] if not gate["passed"] and gate["name"] not in idle]
+
+
+def _gate_text(gate: Mapping[str, Any], counts: bool) -> str:
+    value = _figure(gate["value"])
+    if gate["limit"] is None:
+        return f"{value}, no limit"
+    if counts:
+        return f"{value}, limit {_figure(gate['limit'])}: {'passed' if gate['passed'] else 'FAILED'}"
+    return f"{value}, expected {_figure(gate['limit'])}: {'met' if gate['passed'] else 'not met'} (no gate unless set)"
 
 
 def _rotation_text(rotation: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ class Inspection:
 
         weights are mapped pages of the file, which the system can drop; packed copies and the cache are private.
         """
-        packed = sum(packed_bytes(layer) for layer in self.layers)
+        packed = copied_bytes(self.manifest, self.layers)
         cache = cache_bytes(self.manifest.get("graph", {}), self.context)
         total = self.weight_bytes + packed + cache
         return {
@@ -125,21 +125,33 @@ def inspect_engine(engine: str | Path, *, check: bool = False, context: int | No
         return Inspection(str(engine), manifest, file.size_bytes, weights, context or longest, check)
 
 
-def packed_bytes(layer: Mapping[str, Any]) -> int:
-    """Bytes of the private copy of one weight that ONNX Runtime's CPU kernels make when they load it.
+def copied_bytes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes of private copies of weights that ONNX Runtime makes on a CPU when it loads an engine.
 
-    MatMulNBits lays codes out anew, beside a float scale and a float block sum for each block; a float matrix product
-    packs its matrix. A gather reads the file's own pages.
+    float16 weights are widened to float32 and packed; a tied table is then there as a table and as a packed head.
+    """
+    if manifest.get("scheme") != "fp16":
+        return sum(packed_bytes(layer) for layer in layers)
+    architecture = manifest.get("architecture") or {}
+    head = int(architecture.get("vocab_size", 0)) * int(architecture.get("hidden_size", 0))
+    return 4 * (int(manifest.get("parameters", 0)) + head * bool(architecture.get("tied")))
+
+
+def packed_bytes(layer: Mapping[str, Any]) -> int:
+    """Bytes of the packed copy of one weight.
+
+    MatMulNBits lays codes out anew, at accuracy_level 4 with a float scale and a float block sum beside each block; a
+    float matrix product packs its matrix. A gather reads the file's own pages.
     """
     op, shape = str(layer.get("op", "")), layer.get("shape")
     if not isinstance(shape, list) or len(shape) != 2:
         return 0
     n, k = int(shape[0]), int(shape[1])
-    if op.startswith("MatMulNBits"):
-        block = int(layer.get("block_size") or layer.get("group_size") or 32)
-        block = block if block > 0 else 32
-        return n * math.ceil(k / block) * (block * int(layer["storage_bits"]) // 8 + 8)
-    return 4 * n * k if "MatMul" in op or "Gemm" in op else 0
+    if op == "MatMulNBits":
+        block = int(layer["block_size"])
+        beside = 8 if layer.get("accuracy_level") == 4 else 0
+        return n * math.ceil(k / block) * (block * int(layer["storage_bits"]) // 8 + beside)
+    return 4 * n * k if "MatMul" in op else 0
 
 
 def cache_bytes(graph: Mapping[str, Any], context: int) -> int:
@@ -157,7 +169,7 @@ def execution_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, A
     found = re.fullmatch(r"w(\d+)a(\d+)", scheme)
     activation = int(found.group(2)) if found else 16
     if scheme == "fp16":
-        notes.append("weights are stored as float16 and computed in float32")
+        notes.append("weights are stored as float16; ONNX Runtime widens them to float32 when it loads them")
     elif activation == 16:
         notes.append("activations and accumulation are float32")
     elif activation == 8:
@@ -165,8 +177,10 @@ def execution_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, A
     else:
         notes.append(f"activations are rounded to the {activation}-bit grid per token, then multiplied as floats")
     for bits, storage in sorted({(layer.get("bits"), layer.get("storage_bits")) for layer in layers}, key=str):
-        if bits != storage and bits is not None and storage is not None:
-            notes.append(f"{bits}-bit weights are stored in {storage} bits")
+        if bits is None or storage is None or bits == storage:
+            continue
+        planes = f"run as two {storage}-bit planes: 8-bit codes have no fast kernel at float accumulation"
+        notes.append(f"{bits}-bit weights {planes if bits > storage else f'are stored in {storage} bits'}")
     if found and manifest.get("group_size") == -1:
         notes.append("one scale per output channel is stored as blocks of equal scale")
     return notes
@@ -182,7 +196,8 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def kinds_text(layers: Sequence[Mapping[str, Any]]) -> str:
     """How many weights have which form, such as "210 x 4-bit MatMulNBits", and the rotations that stay in the graph."""
-    counts = Counter((layer.get("bits"), str(layer.get("op"))) for layer in layers if "count" not in layer)
+    weights = {(layer.get("name"), layer.get("bits"), str(layer.get("op"))) for layer in layers if "count" not in layer}
+    counts = Counter((bits, op) for _, bits, op in sorted(weights, key=str))
     kinds = [f"{count} x {bits}-bit {op}" for (bits, op), count in counts.most_common()]
     online = [f"{layer['count']} products of {layer.get('name')}" for layer in layers if "count" in layer]
     return ", ".join(kinds + online) or "not recorded"
