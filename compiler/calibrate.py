@@ -73,14 +73,18 @@ def _stages(model: ir.Model) -> dict[ir.Node, int]:
     return stages
 
 
-def run_parts(model: ir.Model, token_ids: NDArray[np.int64], *, threads: int = 0) -> Iterator[tuple[Part, dict[str, Array]]]:
+def run_parts(
+    model: ir.Model, token_ids: NDArray[np.int64], *, threads: int = 0
+) -> Iterator[tuple[Part, dict[str, Array]]]:
     """Run [batch, sequence] token ids part by part; yields every part with all values that later parts read.
 
     The head's logits come [batch, sequence, vocab] in slices of positions: that part is yielded once per slice.
     """
     parts = partition(model)
     known: dict[str, Array] = {
-        value.name or "": feed(value.name or "", [d if isinstance(d, int) else None for d in value.shape or ()], token_ids)
+        value.name or "": feed(
+            value.name or "", [d if isinstance(d, int) else None for d in value.shape or ()], token_ids
+        )
         for value in model.graph.inputs
     }
     for index, part in enumerate(parts):

@@ -99,11 +99,12 @@ def plain(value: Any) -> Any:
 
 
 class Steps:
-    """Progress on stderr: a line for each finished step; a percentage that is redrawn only on a terminal."""
+    """Progress on stderr: a line for each finished step; a percentage, redrawn on a terminal, a line per tenth elsewhere."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
         self._shown = ""
+        self._tenths = 0
 
     def line(self, text: str) -> None:
         """One finished step."""
@@ -112,8 +113,12 @@ class Steps:
 
     def advance(self, label: str, done: int, total: int) -> None:
         """A step that is under way: `done` of `total`."""
+        share = done / max(total, 1)
         if self._live:
-            self._redraw(f"{label} {done / max(total, 1):.0%}" if done < total else "")
+            self._redraw(f"{label} {share:.0%}" if done < total else "")
+        elif int(10 * share) > self._tenths:
+            self.line(f"{label} {share:.0%}")
+        self._tenths = int(10 * share) if done < total else 0
 
     def _redraw(self, text: str) -> None:
         if text != self._shown:

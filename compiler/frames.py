@@ -1,4 +1,5 @@
-"""--rotate auto: measure both frames on the calibration text, with the engine's own arithmetic, and take the better one."""
+"""--rotate auto: measure both frames on the calibration text, with the engine's own arithmetic, and take the better
+one."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def _candidate(recipe: Recipe, imported: Imported) -> Rotation:
 
 
 def _score(recipe: Recipe, imported: Imported, rotation: Rotation, ids: NDArray[np.int64]) -> float:
-    """Perplexity of the quantized graph in this frame, four significant digits. The graph is built anew: weights are lazy."""
+    """Perplexity of the quantized graph in this frame, four significant digits. The graph is built anew: weights are
+    lazy."""
     fresh = import_model(imported.checkpoint.directory)
     steps = [*frame(recipe, fresh.description, rotation), *grids(recipe, fresh.description)]
     packed = [*packing(recipe, fresh.description), TransposeInKernel(), RemoveDeadParts()]
@@ -92,4 +94,3 @@ def _too_large(recipe: Recipe, imported: Imported) -> str:
     if needed <= recipe.max_memory:
         return ""
     return f"measuring takes about {needed / 2**30:.1f} GiB and --max-memory is {recipe.max_memory / 2**30:.1f} GiB"
-

@@ -1,7 +1,8 @@
 """model_dir → onnx_ir.Model: plain opset-24 ONNX whose weights are lazy and whose linears are all claimed.
 
-The only file that knows mobius-onnx. It builds the graph from config.json without reading a weight, under an execution provider of our
-own that leaves standard operators alone; its fusions to contrib operators are not function-preserving and are not used.
+The only file that knows mobius-onnx. It builds the graph from config.json without reading a weight, under an execution
+provider of our own that leaves standard operators alone; its fusions to contrib operators are not function-preserving
+and are not used.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rqc.models.checkpoint import Checkpoint, read_config
 from rqc.models.description import EMBEDDING, HEAD, Architecture, Description, require_claim, segments
 from rqc.models.families import Family, family_of
 from rqc.models.weights import Weight
-from rqc.passes.base import LINEAR, initializer, insert_after, replace_uses, set_weight, weight_of
+from rqc.passes.base import LINEAR, initializer, insert_after, replace_uses, set_weight, sizes, weight_of
 from rqc.runtime.errors import CheckpointError, UnsupportedModelError
 
 PROVIDER = "rqc"
@@ -41,7 +42,8 @@ class Imported:
 def import_model(model_dir: str | Path) -> Imported:
     """Build the standard ONNX graph of a model directory; weights stay in their files.
 
-    Raises CheckpointError (missing, damaged or mismatched files) and UnsupportedModelError (unknown family, unclaimed linear).
+    Raises CheckpointError (missing, damaged or mismatched files) and UnsupportedModelError (unknown family, unclaimed
+    linear).
     """
     raw = read_config(model_dir)
     family = family_of(str(raw.get("model_type")))
@@ -94,7 +96,8 @@ def _skeleton(model_dir: str | Path) -> ir.Model:
 
 
 def _exact_embedding_scale(model: ir.Model, architecture: Architecture) -> None:
-    """Gemma multiplies embeddings with √hidden; the skeleton rounds that constant to bfloat16, a float32 model does not."""
+    """Gemma multiplies embeddings with √hidden; the skeleton rounds that constant to bfloat16, a float32 model does
+    not."""
     if not architecture.model_type.startswith("gemma"):
         return
     root = np.asarray(architecture.hidden_size**0.5, np.float32)
@@ -133,7 +136,8 @@ def _add_dropped_biases(model: ir.Model, description: Description, checkpoint: C
 
 
 def _check_all_used(model: ir.Model, checkpoint: Checkpoint, architecture: Architecture) -> None:
-    """Raise UnsupportedModelError if the graph leaves a tensor of the checkpoint unread: the function would be another one."""
+    """Raise UnsupportedModelError if the graph leaves a tensor of the checkpoint unread: the function would be another
+    one."""
     read = {weight.name for value in model.graph.initializers.values() if (weight := weight_of(value)) is not None}
     for name in checkpoint.tensors:
         derived = name.endswith(DERIVED) or (architecture.tied and name == HEAD)
@@ -145,13 +149,14 @@ def _check_all_used(model: ir.Model, checkpoint: Checkpoint, architecture: Archi
 
 
 def _attach_weights(model: ir.Model, description: Description, checkpoint: Checkpoint, family: Family) -> None:
-    """Give every initializer that the skeleton left empty its lazy weight, with shapes checked against the checkpoint."""
+    """Give every initializer that the skeleton left empty its lazy weight, with shapes checked against the
+    checkpoint."""
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
         source, start, packed = _source(name, description, checkpoint, family)
         stored = checkpoint.info(source).shape
-        shape = tuple(int(size) for size in value.shape or ())
+        shape = sizes(value)
         if stored[1:] != shape[1:] or start + shape[0] > stored[0] or (not packed and stored != shape):
             raise CheckpointError(
                 f"tensor {source!r} has shape {list(stored)}, config.json asks for {list(shape)}",
@@ -161,7 +166,8 @@ def _attach_weights(model: ir.Model, description: Description, checkpoint: Check
 
 
 def _source(name: str, description: Description, checkpoint: Checkpoint, family: Family) -> tuple[str, int, bool]:
-    """The checkpoint tensor behind a graph parameter, its first row there, and whether it is part of a packed tensor."""
+    """The checkpoint tensor behind a graph parameter, its first row there, and whether it is part of a packed
+    tensor."""
     if name == HEAD and name not in checkpoint and description.architecture.tied:
         return EMBEDDING, 0, False
     claim = description.by_weight.get(name)
@@ -187,9 +193,11 @@ def _mark_linears(model: ir.Model, description: Description) -> None:
             continue
         if name not in (HEAD, EMBEDDING):
             claim = require_claim(description, name)
-            shape = tuple(model.graph.initializers[name].shape or ())
+            shape = sizes(model.graph.initializers[name])
             if shape != description.shape(claim):
-                raise UnsupportedModelError(f"{name!r} has shape {shape}, its description says {description.shape(claim)}")
+                raise UnsupportedModelError(
+                    f"{name!r} has shape {shape}, its description says {description.shape(claim)}"
+                )
         node.metadata_props[LINEAR] = HEAD if name == EMBEDDING else name
 
 

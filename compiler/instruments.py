@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rqc.compiler.probe import Logits, drift, run_stage, save_stage
-from rqc.passes.base import Pass
+from rqc.passes.base import Pass, sizes
 from rqc.runtime.errors import InputError, PassError
 
 EXACT_DRIFT = 1e-5
@@ -79,7 +79,8 @@ class Instruments:
             self.progress.line(_told(record))
             if record.exact and record.drift is not None and record.drift > EXACT_DRIFT:
                 raise PassError(
-                    f"pass {record.name} claims to be exact and moves the logits by {record.drift:.1e} (limit {EXACT_DRIFT:.0e})",
+                    f"pass {record.name} claims to be exact and moves the logits by {record.drift:.1e} "
+                    f"(limit {EXACT_DRIFT:.0e})",
                     hint="this is a fault of rqc: please report it with the model's config.json",
                 )
 
@@ -103,13 +104,14 @@ class Instruments:
             slug = re.sub(r"(?<!^)(?=[A-Z])", "-", label).lower()
             save_stage(model, self.dump_ir / f"{index:02d}-{slug}.onnx")
         except OSError as error:
-            raise InputError(f"--dump-ir {self.dump_ir}: {error}", hint="give a directory that can be written") from error
+            raise InputError(
+                f"--dump-ir {self.dump_ir}: {error}", hint="give a directory that can be written"
+            ) from error
 
 
 def probe_tokens(model: ir.Model) -> np.ndarray:
     """Token ids that a stage is run on: a fixed draw, longer than the shortest sliding window where that is short."""
-    logits = model.graph.outputs[0].shape
-    vocabulary = int(logits[-1]) if logits is not None else 1
+    vocabulary = sizes(model.graph.outputs[0])[-1]
     windows = [int(node.metadata_props["rqc.window"]) for node in model.graph if "rqc.window" in node.metadata_props]
     count = min(512, max([PROBE_TOKENS, *(window + 16 for window in windows)]))
     return np.random.Generator(np.random.PCG64(0)).integers(0, vocabulary, count)

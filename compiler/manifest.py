@@ -108,7 +108,8 @@ def stored_bytes(model: ir.Model) -> int:
 
 
 def layers(model: ir.Model) -> list[dict[str, Any]]:
-    """Every linear and table of the graph: what it is stored as and which operator runs it; online rotations counted by site."""
+    """Every linear and table of the graph: what it is stored as and which operator runs it; online rotations counted by
+    site."""
     rows = []
     for node in model.graph:
         name = node.metadata_props.get(LINEAR)
@@ -170,7 +171,9 @@ def engine_files(imported: Imported, report: dict[str, Any]) -> dict[str, bytes]
     """The files of the model directory that a device needs, and report.json."""
     directory = imported.checkpoint.directory
     files = {
-        name: (directory / name).read_bytes() for name in (*TOKENIZER_FILES, *OTHER_FILES) if (directory / name).is_file()
+        name: (directory / name).read_bytes()
+        for name in (*TOKENIZER_FILES, *OTHER_FILES)
+        if (directory / name).is_file()
     }
     if "tokenizer.json" not in files:
         converted = _converted_tokenizer(directory)
@@ -181,7 +184,8 @@ def engine_files(imported: Imported, report: dict[str, Any]) -> dict[str, bytes]
 
 
 def _converted_tokenizer(directory: Path) -> bytes | None:
-    """tokenizer.json of a model that only has a sentencepiece or vocabulary file; None where there is no tokenizer at all."""
+    """tokenizer.json of a model that only has a sentencepiece or vocabulary file; None where there is no tokenizer at
+    all."""
     if not any((directory / name).is_file() for name in ("tokenizer.model", "vocab.json")):
         return None
     from transformers import AutoTokenizer

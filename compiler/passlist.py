@@ -15,7 +15,8 @@ from rqc.passes.ties import Untie
 
 
 def passes_of(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
-    """THE list: exact folds with their online halves, the lossy grid, the kernels' form, the target's fusions, activations."""
+    """THE list: exact folds with their online halves, the lossy grid, the kernels' form, the target's fusions,
+    activations."""
     return [
         *frame(recipe, description, rotation),
         *grids(recipe, description),

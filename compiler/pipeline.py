@@ -11,12 +11,12 @@ from typing import Any
 import onnx_ir as ir
 
 from rqc.compiler import manifest as manifests
+from rqc.compiler.frames import choose_frame
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.plan import EngineSummary, write_engine
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.frames import choose_frame
 from rqc.compiler.sizes import Estimate, check_memory, estimate
 from rqc.models.quantized import forget
 from rqc.models.rotation import Rotation
@@ -65,8 +65,8 @@ def compile_model(
 ) -> CompileReport:
     """Compile a Hugging Face model directory into an engine.
 
-    With `dry_run` nothing is read but headers and nothing is written: the report holds passes and estimates.
-    Raises an RqcError: unusable input, an option that does not fit the model, a pass that fails its check, no memory or disk.
+    With `dry_run` nothing is read but headers and nothing is written: the report holds passes and estimates. Raises an
+    RqcError: unusable input, an option that does not fit the model, a pass that fails its check, no memory or disk.
     """
     started = time.perf_counter()
     recipe = recipe or Recipe()

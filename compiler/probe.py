@@ -1,4 +1,5 @@
-"""Run any stage of the graph on given tokens with ONNX Runtime: what --verify-each, --dump-ir and the scores stand on."""
+"""Run any stage of the graph on given tokens with ONNX Runtime: what --verify-each, --dump-ir and the scores stand
+on."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def feeds(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> dict[s
 
 
 def feed(name: str, shape: Sequence[int | None], token_ids: NDArray[np.int64]) -> NDArray[np.generic]:
-    """The value of one graph input for whole sequences [batch, n] with an empty past; `shape` is used for past keys and values."""
+    """The value of one graph input for whole sequences [batch, n] with an empty past; `shape` is used for past keys and
+    values."""
     batch, n = token_ids.shape
     positions = np.tile(np.arange(n, dtype=np.int64), (batch, 1))
     known: dict[str, NDArray[np.generic]] = {
@@ -67,5 +69,5 @@ def drift(before: Logits, after: Logits) -> float:
     """Relative drift ‖after − before‖ / ‖before‖ over all logits; infinite when anything is not finite."""
     if not np.isfinite(after).all():
         return float("inf")
-    difference = np.linalg.norm((after - before).astype(np.float64))
-    return float(difference / max(np.linalg.norm(before.astype(np.float64)), 1e-30))
+    difference = float(np.linalg.norm((after - before).astype(np.float64)))
+    return difference / max(float(np.linalg.norm(before.astype(np.float64))), 1e-30)

@@ -1,4 +1,5 @@
-"""What a compile will take, read off the lowered graph before any weight is: size of the engine, peak memory of the compiler."""
+"""What a compile will take, read off the lowered graph before any weight is: size of the engine, peak memory of the
+compiler."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Estimate:
 
 
 def estimate(model: ir.Model) -> Estimate:
-    """Size of the engine and peak of writing it: what the process holds now, and the largest weight with its working copies."""
+    """Size of the engine and peak of writing it: what the process holds now, and the largest weight with its working
+    copies."""
     sizes: dict[object, int] = {}
     working = 0
     for value in model.graph.initializers.values():
@@ -57,9 +59,12 @@ def _working_bytes(tensor: ir.TensorProtocol) -> int:
 
 
 def block_bytes(imported: Imported, recipe: Recipe, tokens: int) -> int:
-    """What it takes to run the model block by block: the largest part's weights three times (made, stored, packed), and activations."""
+    """What it takes to run the model block by block: the largest part's weights three times (made, stored, packed), and
+    activations."""
     a = imported.description.architecture
-    per_layer = 1.25 * recipe.scheme.weight_bits / 8 * sum(prod(imported.description.shape(c)) for c in _first_layer(imported))
+    per_layer = (
+        1.25 * recipe.scheme.weight_bits / 8 * sum(prod(imported.description.shape(c)) for c in _first_layer(imported))
+    )
     table = 1.25 * max(recipe.table_bits(tied=a.tied)) / 8 * a.vocab_size * a.hidden_size
     folding = 8 * 3 * max(prod(imported.description.shape(claim)) for claim in imported.description.claims)
     activations = 4 * tokens * (4 * a.hidden_size + 4 * a.intermediate_size) + 12 * 512 * a.vocab_size
@@ -74,6 +79,7 @@ def check_memory(estimated: Estimate, limit: int | None) -> None:
     """Raise ResourceError, before a weight is read, when the estimate does not fit under `limit` bytes."""
     if limit is not None and estimated.peak_rss_bytes > limit:
         raise ResourceError(
-            f"this compile needs about {estimated.peak_rss_bytes / 2**30:.2f} GiB, --max-memory is {limit / 2**30:.2f} GiB",
+            f"this compile needs about {estimated.peak_rss_bytes / 2**30:.2f} GiB, "
+            f"--max-memory is {limit / 2**30:.2f} GiB",
             hint="raise --max-memory, or leave r1 out: folds that mix rows need a whole matrix in float64",
         )

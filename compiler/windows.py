@@ -29,8 +29,9 @@ def layer_windows(config: dict[str, Any], architecture: Architecture) -> list[in
 def add_sliding_windows(model: ir.Model, config: dict[str, Any], architecture: Architecture) -> None:
     """Mark every Attention node with its window and give every layer the mask that transformers gives it.
 
-    The importer builds a model whose layers all slide (Mistral, Phi-3) with full attention, and Gemma 2 with its windows on the wrong
-    layers. Masks that already hold a window are replaced wherever the graph has a full one to start from.
+    The importer builds a model whose layers all slide (Mistral, Phi-3) with full attention, and Gemma 2 with its
+    windows on the wrong layers. Masks that already hold a window are replaced wherever the graph has a full one to
+    start from.
     """
     windows = layer_windows(config, architecture)
     if not any(windows):

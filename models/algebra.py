@@ -1,8 +1,9 @@
 """The algebra of folds, by parameter name: one implementation for the graph and for the torch model that is trained.
 
-Row vectors: a linear is y = x Wᵀ + b with W [out, in]. A fold multiplies W from the input side (what x was multiplied with) or from the
-output side (what y is to be multiplied with). Everything here is float64; the caller casts once, at the end.
-Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406), RoLoRA (arXiv 2407.08044); R4's free signs are ours.
+Row vectors: a linear is y = x Wᵀ + b with W [out, in]. A fold multiplies W from the input side (what x was multiplied
+with) or from the output side (what y is to be multiplied with). Everything here is float64; the caller casts once, at
+the end. Sources: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406), RoLoRA (arXiv 2407.08044); R4's free signs
+are ours.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class ScaleOut:
         full = np.ones(self.rows.stop)
         full[self.rows] = self.factors
         part = full[first_row : first_row + len(w)]
-        return w * np.pad(part, (0, len(w) - len(part)), constant_values=1.0)[:, None]
+        scaled: Array = w * np.pad(part, (0, len(w) - len(part)), constant_values=1.0)[:, None]
+        return scaled
 
     def bias(self, b: Array) -> Array:
         out = b.copy()
@@ -114,8 +116,8 @@ def folded_norms(description: Description, *, head: bool) -> set[str]:
 def rotation_folds(description: Description, rotation: Rotation, *, ends: bool) -> Folds:
     """The offline half of a rotation: W ← W Q where a linear reads a rotated space, W ← Qᵀ W where it writes one.
 
-    `ends`: R1 is folded into embedding and head too (untied, or never tied); otherwise the stream is rotated online at its two ends.
-    Raises RotationError when a site would change the function of this family.
+    `ends`: R1 is folded into embedding and head too (untied, or never tied); otherwise the stream is rotated online at
+    its two ends. Raises RotationError when a site would change the function of this family.
     """
     check_sites(description, rotation)
     folds: Folds = {claim.weight: _linear_folds(description, rotation, claim) for claim in description.claims}
@@ -158,7 +160,8 @@ def check_sites(description: Description, rotation: Rotation) -> None:
         if site in rotation.sites:
             rest = ",".join(sorted({"r1", "r2", "r3", "r4"} - {name for name, _ in description.family.refusals}))
             raise RotationError(
-                f"{site} cannot be folded into {description.architecture.model_type}: {reason}", hint=f"use --rotate {rest}"
+                f"{site} cannot be folded into {description.architecture.model_type}: {reason}",
+                hint=f"use --rotate {rest}",
             )
 
 

@@ -59,7 +59,8 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Claim:
-    """One linear of one layer, as its family describes it. `norm` is the full name of the norm weight before it, if it folds."""
+    """One linear of one layer, as its family describes it. `norm` is the full name of the norm weight before it, if it
+    folds."""
 
     weight: str
     layer: int
@@ -153,7 +154,8 @@ def _claim(family: Family, name: str) -> Claim | None:
 
 
 def require_claim(description: Description, name: str) -> Claim:
-    """The claim on a weight. Raises UnsupportedModelError, naming the weight, when no row of the family describes it."""
+    """The claim on a weight. Raises UnsupportedModelError, naming the weight, when no row of the family describes
+    it."""
     claim = description.by_weight.get(name)
     if claim is None:
         raise UnsupportedModelError(

@@ -16,9 +16,9 @@ RESIDUAL, HEADS, FFN = "residual", "heads", "ffn"
 class Linear:
     """One kind of linear: y = x Wᵀ + b with W [out, in].
 
-    `path` is the module path inside a layer ({e} stands for any expert); `reads` is the space of x (residual, heads, ffn);
-    `writes` names the consecutive row segments of W (query, key, value, gate, up, residual, router);
-    `norm` is the layer's norm whose output is x, if its gain can be folded.
+    `path` is the module path inside a layer ({e} stands for any expert); `reads` is the space of x (residual, heads,
+    ffn); `writes` names the consecutive row segments of W (query, key, value, gate, up, residual, router); `norm` is
+    the layer's norm whose output is x, if its gain can be folded.
     """
 
     path: str
@@ -31,8 +31,9 @@ class Linear:
 class Family:
     """How the decoder layers of some model types are put together.
 
-    `offset_norms`: norm gains are 1 + w (Gemma). `refusals` maps a rotation site to the reason why it would change the function.
-    `sources` maps a parameter path in the graph to the checkpoint path and the segments packed there, where they differ.
+    `offset_norms`: norm gains are 1 + w (Gemma). `refusals` maps a rotation site to the reason why it would change the
+    function. `sources` maps a parameter path in the graph to the checkpoint path and the segments packed there, where
+    they differ.
     """
 
     model_types: tuple[str, ...]
@@ -64,7 +65,9 @@ def _experts(norm: str) -> tuple[Linear, ...]:
 
 
 PRE, POST = "input_layernorm", "post_attention_layernorm"
-POST_NORMS = "a norm stands between o_proj/down_proj and the residual stream, and its gain cannot be folded through a rotation"
+POST_NORMS = (
+    "a norm stands between o_proj/down_proj and the residual stream, and its gain cannot be folded through a rotation"
+)
 
 FAMILIES = (
     Family(("llama", "smollm3", "mistral", "qwen2", "qwen3", "granite"), _attention(PRE) + _mlp(POST)),

@@ -1,4 +1,5 @@
-"""Quantized weights that are not there yet: what a grid will make of lazy weights, evaluated once when it is written."""
+"""Quantized weights that are not there yet: what a grid will make of lazy weights, evaluated once when it is
+written."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from rqc.models.weights import Weight
 from rqc.runtime.errors import CheckpointError
 
 _last: tuple[LazyQuantized, Quantized] | None = None
-"""Codes, scales and zero points of one weight are three tensors, written one after the other: a memo of one slot serves them."""
+"""Codes, scales and zero points of one weight are three tensors, written one after the other: a memo of one slot serves
+them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ ACCURACY_INT8 = 4
 
 
 class Int8Accumulation(Pass):
-    """x ← round(x / s) s with s = absmax/127 per token and block of the weight: MatMulNBits' own int8 kernel (accuracy_level 4)."""
+    """x ← round(x / s) s with s = absmax/127 per token and block of the weight: MatMulNBits' own int8 kernel
+    (accuracy_level 4)."""
 
     exact = False
 
@@ -26,9 +27,11 @@ class Int8Accumulation(Pass):
 
 
 class QuantizeActivations(Pass):
-    """x ← s · clamp(round(x / s)) with s = absmax / (2^(b−1) − 1) per token, in front of every quantized linear but the head.
+    """x ← s · clamp(round(x / s)) with s = absmax / (2^(b−1) − 1) per token, in front of every quantized linear but the
+    head.
 
-    Symmetric, dynamic, without clipping (RoLoRA's setting); a zero token keeps scale 1. The device computes it in float on this grid.
+    Symmetric, dynamic, without clipping (RoLoRA's setting); a zero token keeps scale 1. The device computes it in float
+    on this grid.
     """
 
     exact = False

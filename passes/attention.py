@@ -1,10 +1,11 @@
-"""Fuse attention for ONNX Runtime: Attention (+ RotaryEmbedding) become GroupQueryAttention, where its kernel computes the same."""
+"""Fuse attention for ONNX Runtime: Attention (+ RotaryEmbedding) become GroupQueryAttention, where its kernel computes
+the same."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from rqc.passes.base import Pass, insert_before, replace_uses
+from rqc.passes.base import Pass, insert_before, replace_uses, sizes
 from rqc.passes.pack import MICROSOFT
 
 WINDOW = "rqc.window"
@@ -13,9 +14,9 @@ WINDOW = "rqc.window"
 class FuseGroupQueryAttention(Pass):
     """softmax(c q kᵀ + mask) v over a cache in shared buffers, causal, with window, softcap and RoPE inside.
 
-    All layers or none: the engine has one kind of cache. The kernel takes head sizes that are a multiple of 8 (of 16 with RoPE inside),
-    whole-head RoPE and lengths instead of masks (right padding); anything else stays on the standard Attention operator. RoPE stays
-    outside where R3 stands between it and the attention.
+    All layers or none: the engine has one kind of cache. The kernel takes head sizes that are a multiple of 8 (of 16
+    with RoPE inside), whole-head RoPE and lengths instead of masks (right padding); anything else stays on the standard
+    Attention operator. RoPE stays outside where R3 stands between it and the attention.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -31,9 +32,7 @@ class FuseGroupQueryAttention(Pass):
 
 def head_dim(node: ir.Node) -> int:
     """Elements per head, read off the past key [batch, kv heads, past, head_dim]."""
-    past = node.inputs[4]
-    assert past is not None and past.shape is not None
-    return int(past.shape[3])
+    return sizes(node.inputs[4])[3]
 
 
 def _fits(node: ir.Node) -> bool:
@@ -97,7 +96,8 @@ def _rope_inside(
     if size % 16 or any(rope is None or rope.op_type != "RotaryEmbedding" for rope in ropes):
         return None
     first, second = ropes
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     tables = [_table(value) for value in first.inputs[1:3]]
     partial = [rope.attributes.get("rotary_embedding_dim") for rope in (first, second)]
     interleaved = [rope.attributes.get("interleaved") for rope in (first, second)]
@@ -109,7 +109,7 @@ def _rope_inside(
     ):
         return None
     found = [table for table in tables if table is not None]
-    if any(table.shape is None or int(table.shape[1]) != size // 2 for table in found):
+    if any(sizes(table)[1:] != (size // 2,) for table in found):
         return None
     return (first.inputs[0], second.inputs[0]), found
 

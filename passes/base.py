@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from rqc.models.weights import Weight
@@ -24,7 +25,8 @@ STORAGE = "rqc.storage"
 class Pass(ir.passes.InPlacePass):
     """A pass over one graph.
 
-    `exact`: the function of the graph does not change; `--verify-each` fails the pass by name if it does. Every pass is idempotent.
+    `exact`: the function of the graph does not change; `--verify-each` fails the pass by name if it does. Every pass is
+    idempotent.
     """
 
     exact: bool = True
@@ -65,19 +67,35 @@ def linears(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
             yield name, node
 
 
-def initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+def initializer(model: ir.Model, name: str, array: npt.ArrayLike) -> ir.Value:
     """The initializer of that name, made from `array` if it is not there yet: constants are shared by name."""
     existing = model.graph.initializers.get(name)
     if existing is not None:
         return existing
-    return lazy_initializer(model, name, ir.Tensor(np.ascontiguousarray(array), name=name))
+    return lazy_initializer(model, name, ir.Tensor(np.asarray(array, order="C"), name=name))
 
 
 def lazy_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """Register a tensor, lazy or not, as an initializer."""
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     model.graph.register_initializer(value)
     return value
+
+
+def sizes(value: ir.Value | None) -> tuple[int, ...]:
+    """The static shape of a value; -1 where a dimension is symbolic, () where nothing is known."""
+    if value is None or value.shape is None:
+        return ()
+    return tuple(size if isinstance(size, int) else -1 for size in value.shape)
+
+
+def discard(model: ir.Model, values: Iterable[ir.Value | None]) -> None:
+    """Remove initializers that nothing reads any more."""
+    for value in values:
+        if value is not None and not value.uses() and (value.name or "") in model.graph.initializers:
+            del model.graph.initializers[value.name or ""]
 
 
 def insert_before(anchor: ir.Node, nodes: Sequence[ir.Node]) -> None:

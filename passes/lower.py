@@ -1,20 +1,25 @@
-"""The last steps for ONNX Runtime: float linears without a transposed copy, skip-norms, the head at chosen positions, no dead parts."""
+"""The last steps for ONNX Runtime: float linears without a transposed copy, skip-norms, the head at chosen positions,
+no dead parts."""
 
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from rqc.passes.base import ONLINE, Pass, initializer, insert_before, linears, replace_uses, weight_of
+from rqc.models.weights import Weight
+from rqc.passes.base import ONLINE, WEIGHT, Pass, initializer, insert_before, linears, replace_uses, weight_of
 from rqc.passes.pack import MICROSOFT
 from rqc.passes.rotate import final_norm
 
 POSITIONS = "logits_positions"
+OPSET, IR_VERSION = 23, 10
 
 
 class TransposeInKernel(Pass):
-    """x (Wᵀ) with W as stored = FusedMatMul(x, W, transB): the runtime makes no transposed copy, a tied table stays one."""
+    """x (Wᵀ) with W as stored = FusedMatMul(x, W, transB): the runtime makes no transposed copy, a tied table stays
+    one."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -53,12 +58,7 @@ class StoreHalf(Pass):
             if weight is None or len(weight.shape) < 2:
                 continue
             half = ir.Value(name=f"{name}.half", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16))
-            half.const_value = ir.LazyTensor(
-                lambda weight=weight: ir.Tensor(weight.float32().astype(np.float16)),
-                dtype=ir.DataType.FLOAT16,
-                shape=ir.Shape(weight.shape),
-                name=half.name,
-            )
+            half.const_value = _half(weight, half.name)
             model.graph.register_initializer(half)
             cast = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT.value}, name=f"{name}/Cast")
             cast.outputs[0].name, cast.outputs[0].shape = f"{name}.float", value.shape
@@ -70,6 +70,17 @@ class StoreHalf(Pass):
             del model.graph.initializers[name]
             modified = True
         return ir.passes.PassResult(model, modified=modified)
+
+
+def _half(weight: Weight, name: str | None) -> ir.LazyTensor:
+    tensor = ir.LazyTensor(
+        lambda: ir.Tensor(weight.float32().astype(np.float16)),
+        dtype=ir.DataType.FLOAT16,
+        shape=ir.Shape(weight.shape),
+        name=name,
+    )
+    tensor.meta[WEIGHT] = weight
+    return tensor
 
 
 class FuseSkipNorm(Pass):
@@ -104,12 +115,15 @@ class FuseSkipNorm(Pass):
 
 
 class SelectPositions(Pass):
-    """logits[b, i] = head(stream[b, positions[b, i]]): final norm and head run at the positions that are asked for, not at all."""
+    """logits[b, i] = head(stream[b, positions[b, i]]): final norm and head run at the positions that are asked for, not
+    at all."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if any(value.name == POSITIONS for value in model.graph.inputs):
             return ir.passes.PassResult(model, modified=False)
-        positions = ir.Value(name=POSITIONS, shape=ir.Shape(["batch", "positions"]), type=ir.TensorType(ir.DataType.INT64))
+        positions = ir.Value(
+            name=POSITIONS, shape=ir.Shape(["batch", "positions"]), type=ir.TensorType(ir.DataType.INT64)
+        )
         model.graph.inputs.append(positions)
         node = final_norm(model)
         while (producer := _producer(node)) is not None and producer.metadata_props.get(ONLINE) == "r1":
@@ -154,3 +168,25 @@ class RemoveDeadParts(Pass):
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
 
+
+class StampOpset(Pass):
+    """Declare the lowest opset and IR version that have these operators: runtimes for Python 3.10 read opset 23, not
+    24.
+
+    A node that uses what only opset 24 has (an input that its opset-23 schema lacks) keeps the graph at 24.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        if model.graph.opset_imports[""] <= OPSET or not all(_known(node) for node in model.graph if not node.domain):
+            return ir.passes.PassResult(model, modified=False)
+        model.graph.opset_imports[""] = OPSET
+        model.ir_version = IR_VERSION
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _known(node: ir.Node) -> bool:
+    try:
+        schema = onnx.defs.get_schema(node.op_type, OPSET, "")
+    except onnx.defs.SchemaError:
+        return False
+    return len(node.inputs) <= len(schema.inputs) or schema.max_input > len(schema.inputs)

@@ -1,25 +1,28 @@
-"""Split 8-bit codes into nibble planes: ONNX Runtime has a fast float kernel for 4-bit blocks and none for 8-bit ones."""
+"""Split 8-bit codes into nibble planes: ONNX Runtime has a fast float kernel for 4-bit blocks and none for 8-bit
+ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from rqc.models.grid import Quantized
 from rqc.models.packing import pack
 from rqc.models.quantized import LazyQuantized
-from rqc.passes.base import STORAGE, Pass, insert_before, lazy_initializer, replace_uses
+from rqc.passes.base import STORAGE, Pass, discard, insert_before, lazy_initializer, replace_uses
 from rqc.passes.pack import MICROSOFT
 from rqc.passes.quantize import quantized_of, quantized_tensor
 
 
 class SplitNibbles(Pass):
-    """s (q − z) = 16 s (q₁ − z₁) + s (q₀ − z₀) with q = 16 q₁ + q₀, z = 16 z₁ + z₀: two 4-bit blocks in place of one of 8 bits.
+    """s (q − z) = 16 s (q₁ − z₁) + s (q₀ − z₀) with q = 16 q₁ + q₀, z = 16 z₁ + z₀: two 4-bit blocks in place of one of
+    8 bits.
 
-    At float accumulation an 8-bit MatMulNBits takes 36 times as long as the pair (`tools/bench_head`); the bytes are as many. The gather
-    of a tied table reads the same planes.
+    At float accumulation an 8-bit MatMulNBits takes 36 times as long as the pair (`tools/bench_head`); the bytes are as
+    many. The gather of a tied table reads the same planes.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -67,8 +70,8 @@ def _plane(
     model: ir.Model, node: ir.Node, index: int, quantized: LazyQuantized, high: bool
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     old = node.inputs[index]
-    assert old is not None and old.const_value is not None
-    (n, k), groups, block = quantized.shape, quantized.groups, quantized.block
+    assert old is not None
+    (n, _), groups, block = quantized.shape, quantized.groups, quantized.block
     width = groups * block // 2
     shape = (n, width) if node.op_type == "GatherBlockQuantized" else (n, groups, block // 2)
     tag = "high" if high else "low"
@@ -77,7 +80,10 @@ def _plane(
     stem = (old.name or "").rsplit(".", 1)[0]
     factor = np.float32(16 if high else 1)
     scales = _once(
-        model, quantized_tensor(f"{stem}.{tag}_scales", ir.DataType.FLOAT, (n, groups), lambda q: q.scales * factor, quantized)
+        model,
+        quantized_tensor(
+            f"{stem}.{tag}_scales", ir.DataType.FLOAT, (n, groups), lambda q: q.scales * factor, quantized
+        ),
     )
     zeros = _once(
         model, quantized_tensor(f"{stem}.{tag}_zeros", ir.DataType.UINT8, (n, -(-groups // 2)), _zeros(high), quantized)
@@ -88,7 +94,7 @@ def _plane(
 def _codes(high: bool, shape: tuple[int, ...]) -> Callable[[Quantized], np.ndarray]:
     def value(quantized: Quantized) -> np.ndarray:
         whole = quantized.packed_codes().reshape(shape[0], -1)
-        return pack(whole >> 4 if high else whole & 15, 4).reshape(shape)
+        return pack(_nibble(whole, high), 4).reshape(shape)
 
     return value
 
@@ -99,9 +105,13 @@ def _zeros(high: bool) -> Callable[[Quantized], np.ndarray]:
         whole = np.full((n, groups + groups % 2), 128, np.uint8)
         if quantized.zero_points is not None:
             whole[:, :groups] = quantized.zero_points
-        return pack(whole >> 4 if high else whole & 15, 4)
+        return pack(_nibble(whole, high), 4)
 
     return value
+
+
+def _nibble(whole: npt.NDArray[np.uint8], high: bool) -> npt.NDArray[np.uint8]:
+    return np.right_shift(whole, 4) if high else np.bitwise_and(whole, np.uint8(15))
 
 
 def _once(model: ir.Model, tensor: ir.LazyTensor) -> ir.Value:
@@ -113,6 +123,4 @@ def _once(model: ir.Model, tensor: ir.LazyTensor) -> ir.Value:
 def _drop(model: ir.Model, node: ir.Node) -> None:
     inputs = [value for value in node.inputs if value is not None]
     model.graph.remove(node, safe=True)
-    for value in inputs:
-        if not value.uses() and value.name in model.graph.initializers and quantized_of(value) is not None:
-            del model.graph.initializers[value.name]
+    discard(model, inputs)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from rqc.models.algebra import folded_norms, norm_folds
 from rqc.models.description import HEAD, Description
-from rqc.passes.base import Pass, set_weight, weight_of
+from rqc.passes.base import Pass, set_weight, sizes, weight_of
 from rqc.passes.ties import is_tied
 
 DONE = "rqc.norms"
@@ -35,7 +35,7 @@ class FuseNormGains(Pass):
         neutral = 0.0 if self.description.family.offset_norms else 1.0
         for name in folded_norms(self.description, head=head):
             value = initializers[name]
-            size = tuple(int(n) for n in value.shape or ())
+            size = sizes(value)
             value.const_value = ir.Tensor(np.full(size, neutral, np.float32), name=name)
         model.metadata_props[DONE] = "folded" if head else "folded but the final norm"
         return ir.passes.PassResult(model, modified=True)

@@ -1,4 +1,5 @@
-"""An online rotation as plain ONNX: x → x Q in Kronecker factors, two small MatMuls and two Reshapes, never one n × n product."""
+"""An online rotation as plain ONNX: x → x Q in Kronecker factors, two small MatMuls and two Reshapes, never one n × n
+product."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ class OnlineRotation:
 
     def _op(self, kind: str, *inputs: ir.Value) -> ir.Value:
         index = len(self.nodes)
-        node = ir.node(kind, list(inputs), name=f"{self.scope}/{self.site}/{kind}_{index}", metadata_props={ONLINE: self.site})
+        node = ir.node(
+            kind, list(inputs), name=f"{self.scope}/{self.site}/{kind}_{index}", metadata_props={ONLINE: self.site}
+        )
         node.outputs[0].name = f"{self.scope}.{self.site}.{index}"
         node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         self.nodes.append(node)

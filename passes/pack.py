@@ -1,4 +1,5 @@
-"""Pack: DequantizeLinear + MatMul become MatMulNBits, DequantizeLinear + Gather become GatherBlockQuantized; same numbers."""
+"""Pack: DequantizeLinear + MatMul become MatMulNBits, DequantizeLinear + Gather become GatherBlockQuantized; same
+numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ MICROSOFT = "com.microsoft"
 
 
 class PackBlocks(Pass):
-    """x ((codes − z) s)ᵀ + b as one MatMulNBits at float accumulation; a gather of dequantized rows as one GatherBlockQuantized.
+    """x ((codes − z) s)ᵀ + b as one MatMulNBits at float accumulation; a gather of dequantized rows as one
+    GatherBlockQuantized.
 
     Codes go low bits first, K padded with the zero point. The two readers of a tied table share its bytes.
     """
@@ -47,7 +49,11 @@ def _pack(model: ir.Model, dequantize: ir.Node) -> None:
 
 def _matmul(model: ir.Model, node: ir.Node, name: str, quantized: LazyQuantized) -> None:
     bias_add = _bias_add(node)
-    bias = next((v for v in bias_add.inputs if v is not None and v.is_initializer()), None) if bias_add is not None else None
+    bias = (
+        next((v for v in bias_add.inputs if v is not None and v.is_initializer()), None)
+        if bias_add is not None
+        else None
+    )
     (n, k), grid = quantized.shape, quantized.grid
     packed = ir.node(
         "MatMulNBits",
@@ -137,4 +143,3 @@ def _bias_add(node: ir.Node) -> ir.Node | None:
 
 def _remove(model: ir.Model, node: ir.Node) -> None:
     model.graph.remove(node, safe=True)
-

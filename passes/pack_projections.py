@@ -1,4 +1,5 @@
-"""Pack projections: q, k, v (and gate, up) read the same x, so one MatMulNBits on the stacked rows computes all of them."""
+"""Pack projections: q, k, v (and gate, up) read the same x, so one MatMulNBits on the stacked rows computes all of
+them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import onnx_ir as ir
 
 from rqc.models.description import Description
 from rqc.models.quantized import LazyQuantized
-from rqc.passes.base import LINEAR, Pass, initializer, insert_before, linears, replace_uses
+from rqc.passes.base import LINEAR, Pass, discard, initializer, insert_before, linears, replace_uses
 from rqc.passes.pack import MICROSOFT, packed_inputs
 from rqc.passes.quantize import quantized_of
 
@@ -15,7 +16,8 @@ GROUPS = (("query", "key", "value"), ("gate", "up"))
 
 
 class PackProjections(Pass):
-    """[x W₁ᵀ, x W₂ᵀ, …] = Split(x [W₁; W₂; …]ᵀ), biases stacked alike. Rows of a block grid do not mix: the same numbers."""
+    """[x W₁ᵀ, x W₂ᵀ, …] = Split(x [W₁; W₂; …]ᵀ), biases stacked alike. Rows of a block grid do not mix: the same
+    numbers."""
 
     def __init__(self, description: Description) -> None:
         super().__init__()
@@ -76,9 +78,7 @@ def _joined(names: list[str]) -> str:
 def _split(model: ir.Model, name: str, value: ir.Value, quantized: list[LazyQuantized]) -> ir.Node:
     rows = [item.shape[0] for item in quantized]
     sizes = initializer(model, "rqc.split." + "_".join(map(str, rows)), np.asarray(rows, np.int64))
-    return ir.node(
-        "Split", [value, sizes], attributes={"axis": -1}, num_outputs=len(rows), name=f"{name}/Split"
-    )
+    return ir.node("Split", [value, sizes], attributes={"axis": -1}, num_outputs=len(rows), name=f"{name}/Split")
 
 
 def _stack_biases(model: ir.Model, name: str, biases: list[ir.Value | None]) -> ir.Value | None:
@@ -91,6 +91,4 @@ def _stack_biases(model: ir.Model, name: str, biases: list[ir.Value | None]) -> 
 def _drop(model: ir.Model, node: ir.Node) -> None:
     inputs = [value for value in node.inputs[1:] if value is not None]
     model.graph.remove(node, safe=True)
-    for value in inputs:
-        if not value.uses() and value.name in model.graph.initializers:
-            del model.graph.initializers[value.name]
+    discard(model, inputs)

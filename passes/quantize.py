@@ -15,11 +15,16 @@ from rqc.passes.base import QUANTIZED, Pass, insert_before, lazy_initializer, we
 from rqc.passes.ties import is_tied
 
 SIGNED = {2: (ir.DataType.INT4, ml_dtypes.int4), 4: (ir.DataType.INT4, ml_dtypes.int4), 8: (ir.DataType.INT8, np.int8)}
-UNSIGNED = {2: (ir.DataType.UINT4, ml_dtypes.uint4), 4: (ir.DataType.UINT4, ml_dtypes.uint4), 8: (ir.DataType.UINT8, np.uint8)}
+UNSIGNED = {
+    2: (ir.DataType.UINT4, ml_dtypes.uint4),
+    4: (ir.DataType.UINT4, ml_dtypes.uint4),
+    8: (ir.DataType.UINT8, np.uint8),
+}
 
 
 class QuantizeLinears(Pass):
-    """W ← (codes − z) s on `grid`, for every claimed linear but the routers; rounding to nearest, blocks along the input."""
+    """W ← (codes − z) s on `grid`, for every claimed linear but the routers; rounding to nearest, blocks along the
+    input."""
 
     exact = False
 
@@ -40,7 +45,8 @@ class QuantizeLinears(Pass):
 
 
 class QuantizeTables(Pass):
-    """E ← (codes − z) s for the embedding, and the head; one table when they are tied. None leaves that end in float."""
+    """E ← (codes − z) s for the embedding, and the head; one table when they are tied. None leaves that end in
+    float."""
 
     exact = False
 
@@ -66,7 +72,8 @@ class QuantizeTables(Pass):
 def table_grid(bits: int, hidden_size: int, group_size: int, symmetric: bool, clip: str) -> Grid | None:
     """The grid of an embedding or head: the wanted group, or the largest one below that divides the hidden size.
 
-    A gather reads whole rows, so its blocks cannot be padded (a padded row would come out wider). None if no block divides.
+    A gather reads whole rows, so its blocks cannot be padded (a padded row would come out wider). None if no block
+    divides.
     """
     wanted = 256 if group_size == -1 else group_size
     for block in (256, 128, 64, 32, 16):
@@ -115,7 +122,11 @@ def _tensors(quantized: LazyQuantized) -> dict[str, Spec]:
     scales: Spec = (ir.DataType.FLOAT, blocks, lambda q: q.scales)
     if grid.symmetric:
         return {
-            "codes": (signed, quantized.shape, lambda q: (q.codes.astype(np.int16) - center).astype(np.int8).astype(stype)),
+            "codes": (
+                signed,
+                quantized.shape,
+                lambda q: (q.codes.astype(np.int16) - center).astype(np.int8).astype(stype),
+            ),
             "scales": scales,
         }
     return {

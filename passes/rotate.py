@@ -21,8 +21,8 @@ DONE = "rqc.rotation"
 class Rotate(Pass):
     """x ↦ x R1 on the residual stream, v ↦ v R2 per head, q, k ↦ q R3, k R3 after RoPE, h ↦ h R4 before down_proj.
 
-    W ← W Q where a linear reads a rotated space, W ← Qᵀ W where it writes one; R3 and R4 run online, and so does R1 at the two ends of
-    the stream when embedding and head are one table. R4's random signs ride on up_proj's rows.
+    W ← W Q where a linear reads a rotated space, W ← Qᵀ W where it writes one; R3 and R4 run online, and so does R1 at
+    the two ends of the stream when embedding and head are one table. R4's random signs ride on up_proj's rows.
     """
 
     def __init__(self, description: Description, rotation: Rotation) -> None:
@@ -34,7 +34,9 @@ class Rotate(Pass):
         if DONE in model.metadata_props or not self.rotation.sites:
             return ir.passes.PassResult(model, modified=False)
         if "r1" in self.rotation.sites and "rqc.norms" not in model.metadata_props:
-            raise RotationError("r1 before the norm gains are folded changes the function", hint="run FuseNormGains first")
+            raise RotationError(
+                "r1 before the norm gains are folded changes the function", hint="run FuseNormGains first"
+            )
         tied = is_tied(model)
         for name, folds in rotation_folds(self.description, self.rotation, ends=not tied).items():
             value = model.graph.initializers[name]
@@ -83,7 +85,9 @@ def _rotate_input(model: ir.Model, node: ir.Node, index: int, rotation: Orthogon
 
 def _rotate_ends(model: ir.Model, r1: Orthogonal) -> None:
     """R1 online: x ← x R1 behind the embedding, x ← x R1ᵀ before the final norm; the one table stays as it is."""
-    gather = next(node for node in model.graph if node.op_type == "Gather" and EMBEDDING in (v.name for v in node.inputs if v))
+    gather = next(
+        node for node in model.graph if node.op_type == "Gather" and EMBEDDING in (v.name for v in node.inputs if v)
+    )
     online = OnlineRotation(model, r1, "r1")
     embedded = gather.outputs[0]
     rotated = online.build(embedded, gather.name or "embed")
@@ -107,5 +111,3 @@ def final_norm(model: ir.Model) -> ir.Node:
             if inner.op_type == "RMSNormalization":
                 return inner
     raise RotationError("the graph has no final norm")
-
-

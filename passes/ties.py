@@ -22,7 +22,8 @@ def is_tied(model: ir.Model) -> bool:
 
 
 class Untie(Pass):
-    """E_head ← a copy of E, so that folds may change the two ends apart (R1 and the final gain; costs vocab × hidden weights)."""
+    """E_head ← a copy of E, so that folds may change the two ends apart (R1 and the final gain; costs vocab × hidden
+    weights)."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if not is_tied(model):

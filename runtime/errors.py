@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class RqcError(Exception):
-    """Base of rqc's errors. `message` names cause and place, `hint` the way out; the command line exits with `exit_code`."""
+    """Base of rqc's errors. `message` names cause and place, `hint` the way out; the command line exits with
+    `exit_code`."""
 
     exit_code = 2
 

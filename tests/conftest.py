@@ -13,7 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """tiny_model(name, **config changes) → the directory of a tiny random model (tests/tiny.py), made once per session."""
+    """tiny_model(name, **config changes) → the directory of a tiny random model (tests/tiny.py), made once per
+    session."""
     from tiny import save_tiny
 
     made: dict[str, Path] = {}

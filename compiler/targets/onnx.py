@@ -7,7 +7,14 @@ from rqc.models.description import Description
 from rqc.passes.activations import Int8Accumulation, QuantizeActivations
 from rqc.passes.attention import FuseGroupQueryAttention
 from rqc.passes.base import Pass
-from rqc.passes.lower import FuseSkipNorm, RemoveDeadParts, SelectPositions, StoreHalf, TransposeInKernel
+from rqc.passes.lower import (
+    FuseSkipNorm,
+    RemoveDeadParts,
+    SelectPositions,
+    StampOpset,
+    StoreHalf,
+    TransposeInKernel,
+)
 from rqc.passes.nibbles import SplitNibbles
 from rqc.passes.pack import PackBlocks
 from rqc.passes.pack_projections import PackProjections
@@ -23,11 +30,19 @@ def packing(recipe: Recipe, description: Description) -> list[Pass]:
 
 def lowering() -> list[Pass]:
     """Fusions for the runtime; each is exact."""
-    return [TransposeInKernel(), FuseGroupQueryAttention(), SelectPositions(), FuseSkipNorm(), RemoveDeadParts()]
+    return [
+        TransposeInKernel(),
+        FuseGroupQueryAttention(),
+        SelectPositions(),
+        FuseSkipNorm(),
+        RemoveDeadParts(),
+        StampOpset(),
+    ]
 
 
 def activations(recipe: Recipe) -> list[Pass]:
-    """Activations onto their grid. Last of all: behind it no pass could be measured, since rounding amplifies any last bit."""
+    """Activations onto their grid. Last of all: behind it no pass could be measured, since rounding amplifies any last
+    bit."""
     if recipe.scheme.activation_bits == 8:
         return [Int8Accumulation()]
     return [QuantizeActivations(recipe.scheme.activation_bits)] if recipe.scheme.quantizes_activations else []

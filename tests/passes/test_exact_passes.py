@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny import MODELS
 
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import EXACT_DRIFT, probe_tokens
@@ -20,7 +21,6 @@ from rqc.passes.norms import FuseNormGains
 from rqc.passes.rotate import Rotate
 from rqc.passes.ties import Untie
 from rqc.runtime.errors import RotationError
-from tiny import MODELS
 
 TinyModel = Callable[..., Path]
 SITES = ("r1", "r2", "r3", "r4")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tiny import MODELS
 
 from rqc.compiler.importer import import_model
 from rqc.compiler.instruments import EXACT_DRIFT, Instruments, probe_tokens
@@ -21,7 +22,6 @@ from rqc.passes.base import LINEAR, Pass
 from rqc.passes.lower import FuseSkipNorm
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import PassError
-from tiny import MODELS
 
 TinyModel = Callable[..., Path]
 
@@ -56,7 +56,9 @@ def test_every_scheme_lowers(scheme: str, group_size: int, symmetric: bool, tiny
     options = {"scheme": scheme, "group_size": group_size, "symmetric": symmetric}
     model, instruments = lowered(tiny_model("llama-tied"), "r1,r2,r4", **options)
     total = drift(run_stage(import_model(tiny_model("llama-tied")).model, probe_tokens(model)), instruments._logits)  # type: ignore[arg-type]
-    limit = {"fp32": 2e-6, "fp16": 2e-3, "w8a16": 0.02, "w8a8": 0.03, "w6a6": 0.2, "w4a8": 0.3, "w3a16": 0.6}.get(scheme, 1.5)
+    limit = {"fp32": 2e-6, "fp16": 2e-3, "w8a16": 0.02, "w8a8": 0.03, "w6a6": 0.2, "w4a8": 0.3, "w3a16": 0.6}.get(
+        scheme, 1.5
+    )
     assert total < limit
     assert all(record.drift is not None for record in instruments.records)
 
