@@ -1,4 +1,4 @@
-"""Whether an engine's weights are those of this model: each stored weight against the float weight that the same folds give."""
+"""Whether an engine's weights are those of this model: each against the float weight that the same folds give."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ F32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Belonging:
-    """One stored weight: ‖Ŵ − W‖ / ‖W‖, the distance that its storage allows, and how many codes are not the nearest."""
+    """One stored weight: ‖Ŵ − W‖ / ‖W‖, what its storage allows of it, and how many codes are not the nearest."""
 
     name: str
     distance: float
@@ -39,9 +39,9 @@ class Belonging:
 
 
 def adopt_weights(stored: StoredGraph, reference: Reference, bits: dict[str, int]) -> list[Belonging]:
-    """Measure every stored linear and table against the (folded) reference, then put the stored values in the reference.
+    """Measure every stored linear and table against the (folded) reference, then let the reference compute with it.
 
-    bits: the width of each quantized linear's grid, by the manifest's names. From here on head and embedding may differ.
+    bits: the width of each quantized linear's grid, by the manifest's names. Head and embedding may differ from now on.
     """
     reference.untie()
     return [_adopt(stored, linear, reference, bits.get(label, 0)) for label, linear in stored.linears.items()]
@@ -85,10 +85,11 @@ def misplaced_codes(quantized: Quantized, wanted: F32) -> int:
     low, high = Grid(quantized.bits, -1).code_range
     count = 0
     codes: NDArray[Any] = quantized.codes
-    for (w, groups), (q, _) in zip(by_block(wanted, quantized.block_size), by_block(codes, quantized.block_size), strict=True):
+    block, center = quantized.block_size, np.float32(1 << (quantized.storage_bits - 1))
+    for (w, groups), (q, _) in zip(by_block(wanted, block), by_block(codes, block), strict=True):
         scale = quantized.scales[:, groups, None]
-        zero = 1 << (quantized.storage_bits - 1) if quantized.zero_points is None else quantized.zero_points[:, groups, None]
-        place = np.divide(w, scale, out=np.zeros_like(w), where=scale != 0) + np.float32(zero)
+        zero = center if quantized.zero_points is None else quantized.zero_points[:, groups, None]
+        place = np.divide(w, scale, out=np.zeros_like(w), where=scale != 0) + zero
         off = np.abs(np.clip(place, low, high) - q)
         count += int((off > 0.5 + TIE).sum())
     return count

@@ -1,4 +1,4 @@
-"""Gates: which measured values make an engine pass. Faithful gates always count; quality gates count when the user sets them."""
+"""Gates: which measured values make an engine pass. Faithful ones always count, quality ones if the user sets them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ EQUAL_CODES = 0.999
 CODE_DISTANCE = 1.0
 LINEAR_ERROR = 1e-5
 PPL_FIDELITY = {8: 1.03, 6: 1.05, 4: 1.10}
-"""Perplexity of engine and of fake quantization, larger over smaller: rounding of activations is chaotic, the coarser the more."""
+"""By activation bits: perplexity of engine and fake quantization, larger over smaller; chaos of rounding moves it."""
 QUALITY = {"fp16": 1.005, "w8a16": 1.02, "w8a8": 1.02, "w6a6": 1.05, "w4a16": 1.25, "w4a8": 1.25}
-"""ppl_engine / ppl_reference that is to be expected of a scheme; fp32 is gated by KL, others are for the user to judge."""
+"""ppl_engine / ppl_reference to be expected of a scheme; fp32 is gated by KL, the others are for the user to judge."""
 AT_LEAST = ("top1_agreement", "equal_codes")
 """Values that must not be below their limit; all others must not be above it."""
 MEASURES = ("ppl_ratio", "mean_kl", "max_abs", "top1_agreement", "ppl_engine")
@@ -27,7 +27,7 @@ MEASURES = ("ppl_ratio", "mean_kl", "max_abs", "top1_agreement", "ppl_engine")
 
 @dataclass(frozen=True)
 class Gate:
-    """One verdict. `counts`: whether it decides; one that does not is printed with its verdict. limit None: nothing to hold it to."""
+    """One verdict. counts: whether it decides, or only informs. limit None: there is nothing to hold the value to."""
 
     name: str
     value: float
@@ -59,7 +59,9 @@ def check_limits(limits: Mapping[str, float], scheme: Scheme) -> None:
             raise InputError(f"gate {name} has the limit {limit!r}", hint="a limit is a number")
         fixed = faithful_limits(scheme).get(name)
         if fixed is not None and (limit < fixed if name in AT_LEAST else limit > fixed):
-            raise InputError(f"gate {name}={limit:g} is looser than its fixed limit {fixed:g}", hint="it can only be tightened")
+            raise InputError(
+                f"gate {name}={limit:g} is looser than the fixed {fixed:g}", hint="it can only be tightened"
+            )
 
 
 def faithful_limits(scheme: Scheme) -> dict[str, float]:
@@ -74,10 +76,12 @@ def faithful_limits(scheme: Scheme) -> dict[str, float]:
     }
 
 
-def judge(scheme: Scheme, faithful: Mapping[str, float], measured: Mapping[str, float], limits: Mapping[str, float]) -> list[Gate]:
-    """Verdicts on the faithful values (limits of the scheme, tightened by the user's), then on the others that the user gates.
+def judge(
+    scheme: Scheme, faithful: Mapping[str, float], measured: Mapping[str, float], limits: Mapping[str, float]
+) -> list[Gate]:
+    """Verdicts on the faithful values (the scheme's limits, or the user's tighter ones), then on what else is gated.
 
-    `ppl_ratio` is always among them: with the user's limit, which counts, or else with the scheme's expectation, which does not.
+    `ppl_ratio` is always there: with the user's limit, which counts, or with the scheme's expectation, which does not.
     """
     fixed = faithful_limits(scheme)
     gates = [Gate(name, value, limits.get(name, fixed[name])) for name, value in faithful.items()]

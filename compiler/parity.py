@@ -18,7 +18,7 @@ _WIDE_BYTES = 64 << 20
 
 @dataclass
 class Perplexity:
-    """exp of the mean negative log-likelihood per token, over windows that do not overlap; a window's first token is not predicted."""
+    """exp of the mean negative log-likelihood per token, over windows without overlap, each but for its first token."""
 
     total: float = 0.0
     tokens: int = 0
@@ -38,7 +38,7 @@ class Perplexity:
 
 @dataclass
 class Divergence:
-    """KL(reference ‖ engine) in nats, largest difference of logits, and how often the first choice agrees, over positions."""
+    """KL(reference ‖ engine) in nats, largest difference of logits, share of equal first choices: over positions."""
 
     kl: float = 0.0
     max_abs: float = 0.0
@@ -72,7 +72,7 @@ def log_softmax(logits: Logits) -> Wide:
 
 
 def cut(ids: Sequence[int], tokens: int, window: int) -> list[Ids]:
-    """The first `tokens` ids in consecutive windows; a last window of a single token, which predicts nothing, is left out."""
+    """The first `tokens` ids in consecutive windows; a last one of one token, which predicts nothing, is left out."""
     taken = np.asarray(ids[:tokens], np.int64)
     windows = [taken[start : start + window] for start in range(0, len(taken), window)]
     return [part for part in windows if len(part) > 1]
@@ -91,7 +91,7 @@ def perplexity(windows: Iterable[Ids], logits: Callable[[Ids], Logits]) -> float
 def compare(
     windows: Iterable[Ids], reference: Callable[[Ids], Logits], engine: Callable[[Ids], Iterator[Logits]]
 ) -> tuple[Divergence, float, float]:
-    """Divergence of the engine, whose logits come in pieces, from the reference, and the perplexities (reference, engine)."""
+    """Divergence of the engine, whose logits come in pieces, from the reference, and the perplexities of both."""
     divergence, expected, found = Divergence(), Perplexity(), Perplexity()
     for ids in windows:
         scores, done = reference(ids), 0

@@ -1,4 +1,4 @@
-"""The weights that an engine holds, read back from the file itself: what its nodes compute with, whichever way it is packed."""
+"""The weights that an engine holds, read back from the file: what its nodes compute with, however it is packed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rqc.models.description import EMBEDDING
-from rqc.models.packing import Quantized, unpack
+from rqc.models.packing import U8, Quantized, unpack
 from rqc.passes.base import LINEAR
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError
 
 BLOCK_OPS = ("MatMulNBits", "GatherBlockQuantized")
+HINT = "compile the engine again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,9 @@ class StoredLinear:
         return value
 
     @property
-    def output(self) -> ir.Value:
-        """y = x Wᵀ + b: behind the Add where there are two planes."""
-        value = self.nodes[0].outputs[0]
-        return value if len(self.nodes) == 1 else next(iter(value.uses()))[0].outputs[0]
+    def outputs(self) -> list[ir.Value]:
+        """Values whose sum is y = x Wᵀ + b: one for each plane (what adds them may be fused with what follows)."""
+        return [node.outputs[0] for node in self.nodes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class StoredGraph:
             elif node.op_type == "GatherBlockQuantized" or (node.op_type == "Gather" and _table(node) is not None):
                 found.setdefault(EMBEDDING, []).append(node)
         if EMBEDDING not in found:
-            raise EngineFormatError(f"{file.path}: the graph has no embedding", hint="compile the engine again")
+            raise EngineFormatError(f"{file.path}: the graph has no embedding", hint=HINT)
         linears = {name: StoredLinear(tuple(name.split("+")), tuple(nodes)) for name, nodes in found.items()}
         return cls(file, model, linears)
 
@@ -82,10 +82,9 @@ class StoredGraph:
         if len(planes) == 1:
             return planes[0]
         high, low = sorted(planes, key=lambda plane: -float(np.abs(plane.scales).sum()))
-        assert high.zero_points is not None and low.zero_points is not None
         if not np.array_equal(high.scales, 16 * low.scales):
-            raise EngineFormatError(f"{linear.label}: its two planes do not fit together", hint="compile the engine again")
-        codes, zeros = 16 * high.codes + low.codes, 16 * high.zero_points + low.zero_points
+            raise EngineFormatError(f"{linear.label}: its two planes do not fit together", hint=HINT)
+        codes, zeros = 16 * high.codes + low.codes, 16 * _zeros(high) + _zeros(low)
         return Quantized(codes, low.scales, zeros, bits, 8, low.block_size)
 
     def floats(self, linear: StoredLinear) -> NDArray[np.generic]:
@@ -119,12 +118,18 @@ class StoredGraph:
         if value.name in self.file.tensors:
             return self.file.tensor(value.name)
         if value.const_value is None:
-            raise EngineFormatError(f"{self.file.path}: {value.name} is no stored tensor", hint="compile the engine again")
+            raise EngineFormatError(f"{self.file.path}: {value.name} is no stored tensor", hint=HINT)
         return value.const_value.numpy()
 
 
+def _zeros(plane: Quantized) -> U8:
+    """The zero points of a plane, which always has some."""
+    assert plane.zero_points is not None
+    return plane.zero_points
+
+
 def _table(node: ir.Node) -> ir.Value | None:
-    """The initializer that a Gather takes the embedding's rows from, directly or through a Cast; None for other gathers."""
+    """The initializer that a Gather takes the embedding's rows from, maybe through a Cast; None for other gathers."""
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
     source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value

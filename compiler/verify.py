@@ -12,7 +12,8 @@ import torch
 
 from rqc.compiler.belonging import Belonging, adopt_weights
 from rqc.compiler.gates import Gate, check_limits, judge
-from rqc.compiler.parity import Divergence, Ids, compare, cut, perplexity
+from rqc.compiler.linearwise import compare_linears, quantize_activations, worst
+from rqc.compiler.parity import Divergence, Ids, Logits, compare, cut, perplexity
 from rqc.compiler.scheme import Scheme
 from rqc.compiler.stored import StoredGraph
 from rqc.compiler.text import parity_text, read_text
@@ -23,6 +24,9 @@ from rqc.models.rotation import Rotation
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import BasisMismatchError, InputError
+
+PROBE_TOKENS = 256
+"""Tokens on which linears are compared one by one."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +75,19 @@ def verify_engine(
 ) -> ParityReport:
     """Compare an engine with the model that it was compiled from.
 
-    fp32 is compared with the model itself; fp16 and weight-only schemes with the model folded and rotated by the same algebra
-    that computes with the engine's own stored weights, which must be this model's. Schemes that quantize activations are compared
-    linear by linear, and in perplexity with the same fake quantization; their divergence is given against the float model.
+    fp32 is compared with the model itself; fp16 and weight-only schemes with the model folded and rotated by the same
+    algebra that computes with the engine's own stored weights, which must be this model's. Schemes that quantize
+    activations are compared linear by linear, and in perplexity with the same fake quantization; their divergence is
+    given against the float model.
 
-    text: a .txt, .json or .jsonl file, the text that ships if None; token_ids: ids to use instead. tokens: how many of them, in
-    windows of `window` (at most the context). gates: limits by name. Raises InputError (also for an engine of another model),
-    BasisMismatchError, EngineFormatError, CheckpointError; a failed gate raises nothing: see `passed`.
+    text: a .txt, .json or .jsonl file, the text that ships if None; token_ids: ids to use instead. tokens: how many of
+    them, in windows of `window` (at most the context). gates: limits by name. Raises InputError (also for an engine of
+    another model), BasisMismatchError, EngineFormatError, CheckpointError; a failed gate raises nothing: see `passed`.
     """
     if tokens < 2 or window < 2:
-        raise InputError(f"{tokens} tokens in windows of {window}", hint="a token is predicted from another: give 2 or more")
+        raise InputError(
+            f"{tokens} tokens in windows of {window}", hint="a token is predicted from another: give 2 or more"
+        )
     with EngineFile.open(engine, check=True) as file:
         scheme = Scheme.parse(str(file.manifest["scheme"]))
         check_limits(gates or {}, scheme)
@@ -111,31 +118,59 @@ class _Verification:
         if used < asked:
             self.notes.append(f"{used} tokens compared, {asked} asked for: the text is shorter")
         if self.scheme.name == "fp32":
-            measured = compare(self.windows, self.reference.logits, self.engine.iter_logits)
+            measured = compare(self.windows, self.reference.logits, self._scores)
             return self._report(used, measured, measured[1], [], {"mean_kl": measured[0].mean_kl})
+        if self.scheme.quantizes_activations:
+            return self._rounded(used, rotation, tied)
         ppl_reference = perplexity(self.windows, self.reference.logits)
         self.reference.rotate(rotation, tied=tied)
-        weights = self._adopt()
-        measured = compare(self.windows, self.reference.logits, self.engine.iter_logits)
+        weights = self._adopt(StoredGraph.read(self.file))
+        measured = compare(self.windows, self.reference.logits, self._scores)
         return self._report(used, measured, ppl_reference, weights, {"mean_kl": measured[0].mean_kl})
 
+    def _rounded(self, used: int, rotation: Rotation, tied: bool) -> ParityReport:
+        """A scheme that quantizes activations: linear by linear and in perplexity; its logits against the float
+        model's."""
+        measured = compare(self.windows, self.reference.logits, self._scores)
+        stored, bits = StoredGraph.read(self.file), self.scheme.activation_bits
+        self.reference.rotate(rotation, tied=tied)
+        weights = self._adopt(stored)
+        quantize_activations(stored, self.reference, bits)
+        checks = compare_linears(stored, self.reference, self.windows[0][:PROBE_TOKENS], bits, self.engine.threads)
+        self.notes.extend(worst(checks))
+        same = perplexity(self.windows, self.reference.logits)
+        elements = sum(check.elements for check in checks)
+        faithful = {
+            "equal_codes": sum(check.equal * check.elements for check in checks) / elements,
+            "code_distance": float(max(check.distance for check in checks)),
+            "linear_error": max(check.error for check in checks),
+            "ppl_fidelity": max(measured[2] / same, same / measured[2]),
+        }
+        self.notes.append(f"perplexity of the same fake quantization in PyTorch: {same:.4f}")
+        return self._report(used, measured, measured[1], weights, faithful)
+
+    def _scores(self, ids: Ids) -> Iterator[Logits]:
+        """The engine's logits for one window, in pieces."""
+        return self.engine.iter_logits(ids.tolist())
+
     def _frame(self) -> tuple[Rotation, bool]:
-        """The engine's rotation and whether its tables are one. Raises BasisMismatchError if its basis is not what it says."""
+        """The engine's rotation and whether its tables are one. Raises BasisMismatchError if its basis is not what it
+        says."""
         recorded = self.file.manifest["rotation"]
         rotation = Rotation.from_json(recorded)
         description = self.reference.description
         basis = rotation.basis(dimensions(description)) if rotation.sites else None
         if basis != recorded["basis"]:
             raise BasisMismatchError(
-                f"{self.file.path}: its basis is {_short(recorded['basis'])}, rotation {rotation} of this model is {_short(basis)}",
+                f"{self.file.path} has basis {_short(recorded['basis'])}, {rotation} of this model is {_short(basis)}",
                 hint="compile the engine again with this version of rqc",
             )
         return rotation, description.architecture.tied and self.file.manifest["tied"] != "untie"
 
-    def _adopt(self) -> list[Belonging]:
+    def _adopt(self, stored: StoredGraph) -> list[Belonging]:
         rows = self.file.manifest["layers"]
         bits = {row["name"]: int(row["bits"]) for row in rows if "bits" in row}
-        return adopt_weights(StoredGraph.read(self.file), self.reference, bits)
+        return adopt_weights(stored, self.reference, bits)
 
     def _report(
         self,
@@ -171,7 +206,9 @@ class _Verification:
         if not weights:
             return []
         worst = max(weights, key=lambda found: found.strain)
-        self.notes.append(f"weights: furthest from the model is {worst.name}, {worst.distance:.3g} of {worst.allowed:.3g} allowed")
+        self.notes.append(
+            f"weights: furthest from the model is {worst.name}, {worst.distance:.3g} of {worst.allowed:.3g} allowed"
+        )
         gates = [Gate("weights", worst.distance, worst.allowed)]
         if self.scheme.quantized and self.file.manifest["method"] == "rtn":
             gates.append(Gate("misplaced_codes", float(sum(found.misplaced for found in weights)), 0.0))

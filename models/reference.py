@@ -1,7 +1,8 @@
-"""The PyTorch side: a transformers model whose linears go by the graph's names, and the algebra of folds applied to it in place.
+"""The PyTorch side: a transformers model whose linears go by the graph's names, folded and rotated in place.
 
-What the compiler does to initializers is done here to parameters, by the same functions (`rqc.models.algebra`). The online
-halves of a rotation become hooks: before the down projections, at the two ends of a tied stream, and in the attention.
+What the compiler does to initializers is done here to parameters, by the same functions (`rqc.models.algebra`). The
+online halves of a rotation become hooks: before the down projections, at the two ends of a tied stream, and in the
+attention.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rqc.runtime.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Part:
-    """Where a linear of the graph lives in the torch model: rows of a module's weight (all of them unless it is packed there)."""
+    """Where a linear of the graph lives in the torch model: rows of a module's weight, all if it isn't packed."""
 
     module: nn.Module
     rows: slice
@@ -40,13 +41,14 @@ class Part:
     @property
     def weight(self) -> Tensor:
         """A view [out, in] of the module's weight."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.data[self.rows]
+        weight: Any = self.module.weight
+        view: Tensor = weight.data[self.rows]
+        return view
 
     @property
     def bias(self) -> Tensor | None:
         """A view [out] of the module's bias, if it has one."""
-        bias = getattr(self.module, "bias", None)
+        bias: Any = getattr(self.module, "bias", None)
         return None if bias is None else bias.data[self.rows]
 
 
@@ -56,11 +58,10 @@ class Reference:
     `parts` holds the linears of all layers, the embedding and the head; `description` what the algebra knows of them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model.eval()
         unpack_experts(model)
-        config = model.config.to_dict()  # type: ignore[operator, union-attr]
-        architecture = Architecture.from_config(config)
+        architecture = Architecture.from_config(self.model.config.to_dict())
         self.parts = dict(_parts(model, architecture))
         self.description = Description.of(architecture, self.parts)
 
@@ -68,7 +69,8 @@ class Reference:
     def load(cls, model_dir: str | Path) -> Reference:
         """The model of a Hugging Face directory, computed in float32.
 
-        Raises CheckpointError for a directory that is incomplete, damaged or pickled, UnsupportedModelError for an unknown family.
+        Raises CheckpointError for a directory that is incomplete, damaged or pickled, UnsupportedModelError for an
+        unknown family.
         """
         config = read_config(model_dir)
         family_of(str(config.get("model_type")))
@@ -80,7 +82,9 @@ class Reference:
                     model_dir, dtype=torch.float32, attn_implementation=attention, local_files_only=True
                 )
             except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-                raise CheckpointError(f"transformers cannot load {model_dir}: {error}", hint="download it again") from error
+                raise CheckpointError(
+                    f"transformers cannot load {model_dir}: {error}", hint="download it again"
+                ) from error
         return cls(model)
 
     @torch.inference_mode()
@@ -94,10 +98,10 @@ class Reference:
         """Give the head a table of its own, equal to the embedding's: from here on the two may differ."""
         head, embedding = self.parts[HEAD].module, self.parts[EMBEDDING].module
         if head.weight is embedding.weight:
-            head.weight = nn.Parameter(embedding.weight.data.clone(), requires_grad=False)  # type: ignore[operator, union-attr]
+            head.weight = nn.Parameter(self.parts[EMBEDDING].weight.clone(), requires_grad=False)
 
     def rotate(self, rotation: Rotation, *, tied: bool) -> None:
-        """Fold norm gains (where R1 needs it) and the rotation into the weights and put in the online halves: the same function.
+        """Fold norm gains (where R1 needs it) and the rotation into the weights, add the online halves: same function.
 
         tied: embedding and head are one table and stay so; R1 then acts online at the two ends of the stream.
         Raises RotationError where the family refuses a site.
@@ -135,9 +139,9 @@ class Reference:
         a = self.description.architecture
         r1, r3 = rotation.r1(a.hidden_size), rotation.r3(a.head_dim)
         if r1 is not None and tied:
-            ends = (self.parts[EMBEDDING].module, self.model.model.norm)  # type: ignore[union-attr]
-            ends[0].register_forward_hook(lambda module, args, out: turn(out, r1))
-            ends[1].register_forward_pre_hook(lambda module, args: (turn(args[0], r1, inverse=True), *args[1:]))
+            self.parts[EMBEDDING].module.register_forward_hook(lambda module, args, out: turn(out, r1))
+            norm: nn.Module = self.model.model.norm
+            norm.register_forward_pre_hook(lambda module, args: (turn(args[0], r1, inverse=True), *args[1:]))
         for claim in self.description.claims:
             if claim.linear.reads == FFN and (r4 := rotation.r4(self.description.sizes(claim.expert)[FFN])) is not None:
                 self.parts[claim.weight].module.register_forward_pre_hook(_rotate_input(r4))
@@ -155,20 +159,20 @@ def _rotate_input(rotation: Orthogonal) -> Any:
     return lambda module, args: (turn(args[0], rotation), *args[1:])
 
 
-def _rotate_attention(model: nn.Module, r3: Orthogonal) -> None:
+def _rotate_attention(model: Any, r3: Orthogonal) -> None:
     """Let every attention of the model see q R3 and k R3, which it gets after RoPE."""
-    config: Any = model.config
-    plain = config._attn_implementation
+    plain = model.config._attn_implementation
+    module: Any
     for module in model.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "o_proj"):
-            module.rqc_attention = (plain, r3)  # type: ignore[assignment]
+            module.rqc_attention = (plain, r3)
     AttentionInterface.register(f"rqc_{plain}", _rotated_attention)
     AttentionMaskInterface.register(f"rqc_{plain}", ALL_MASK_ATTENTION_FUNCTIONS[plain])
-    config._attn_implementation = f"rqc_{plain}"
+    model.config._attn_implementation = f"rqc_{plain}"
 
 
-def _rotated_attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
-    plain, r3 = module.rqc_attention  # type: ignore[misc]
+def _rotated_attention(module: Any, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
+    plain, r3 = module.rqc_attention
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)
     return attention(module, turn(query, r3), turn(key, r3), *args, **options)
@@ -199,13 +203,13 @@ class Experts(nn.ModuleList):
         return total
 
 
-def unpack_experts(model: nn.Module) -> None:
+def unpack_experts(model: Any) -> None:
     """Replace the experts that transformers packs in three-dimensional tensors by plain linears on the same memory."""
     for parent in list(model.modules()):
-        packed = getattr(parent, "experts", None)
-        if isinstance(packed, nn.Module) and getattr(getattr(packed, "gate_up_proj", None), "ndim", 0) == 3:
+        packed: Any = getattr(parent, "experts", None)
+        if getattr(getattr(packed, "gate_up_proj", None), "ndim", 0) == 3:
             experts = []
-            for gate_up, down in zip(packed.gate_up_proj.data, packed.down_proj.data, strict=True):  # type: ignore[union-attr, arg-type]
+            for gate_up, down in zip(packed.gate_up_proj.data, packed.down_proj.data, strict=True):
                 gate, up = gate_up.chunk(2)
                 experts.append(Expert(gate, up, down, packed.act_fn))
             parent.experts = Experts(experts)

@@ -1,0 +1,150 @@
+"""Engines that quantize activations, compared with PyTorch linear by linear: rounding is chaotic, no error may travel.
+
+The reference runs once and is recorded. What lies between the engine's linears (norms, RoPE, attention, online
+Hadamards, activation functions, the grid) is cut out of its graph and fed with the reference's outputs of every linear;
+the inputs that it makes of them must lie on the same codes. Then each linear runs alone, on the reference's codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from rqc.compiler.probe import feed
+from rqc.compiler.stored import StoredGraph, StoredLinear
+from rqc.models.description import EMBEDDING, HEAD
+from rqc.models.fake_quant import ActivationGrid, Recording, quantize_inputs, recording
+from rqc.models.reference import Reference
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LinearParity:
+    """One linear of the engine.
+
+    elements: of its input; equal: share of their codes that agree; distance: codes by which the furthest is off;
+    error: ‖y − y_ref‖ / ‖y_ref‖ on equal codes, or the same of its input where that is not rounded and off further.
+    """
+
+    name: str
+    elements: int
+    equal: float
+    distance: int
+    error: float
+
+
+def activation_grids(stored: StoredGraph, bits: int) -> dict[str, ActivationGrid]:
+    """The grid of each quantized linear's input, by its name in the manifest.
+
+    8 bits: per token and block of the weight, for the head too (MatMulNBits at accuracy level 4). Fewer: per token, and
+    the head reads floats.
+    """
+    grids = {}
+    for label, linear in stored.linears.items():
+        if linear.quantized and label != EMBEDDING and (bits == 8 or label != HEAD):
+            block = linear.nodes[0].attributes["block_size"].as_int() if bits == 8 else -1
+            grids[label] = ActivationGrid(bits, block)
+    return grids
+
+
+def quantize_activations(stored: StoredGraph, reference: Reference, bits: int) -> None:
+    """Let the reference round what its linears read, on the grids that the engine has."""
+    grids = activation_grids(stored, bits)
+    quantize_inputs(reference, {name: grid for label, grid in grids.items() for name in stored.linears[label].names})
+
+
+def compare_linears(
+    stored: StoredGraph, reference: Reference, ids: NDArray[np.int64], bits: int, threads: int
+) -> list[LinearParity]:
+    """Every quantized linear of the engine against a reference with the engine's weights and rounded activations."""
+    linears = [linear for label, linear in stored.linears.items() if linear.quantized and label != EMBEDDING]
+    with recording(reference, [name for linear in linears for name in linear.names]) as record:
+        logits = reference.logits(ids)
+    found = _between(stored, linears, record, ids, threads)
+    grids = activation_grids(stored, bits)
+    checks = [_linear(stored, linear, record, found, grids.get(linear.label), threads) for linear in linears]
+    scores = found.get("logits")
+    if scores is not None:
+        checks.append(LinearParity("logits", scores.size, 1.0, 0, _relative(scores, logits)))
+    return checks
+
+
+def _between(
+    stored: StoredGraph, linears: Sequence[StoredLinear], record: Recording, ids: NDArray[np.int64], threads: int
+) -> dict[str, F32]:
+    """What the engine's linears read, [tokens, in] by value name, when all of them write what the reference's do."""
+    given: dict[str, F32] = {}
+    for linear in linears:
+        first, *others = (_name(value) for value in linear.outputs)
+        given[first] = _output(record, linear)[None]
+        given |= {name: np.zeros_like(given[first]) for name in others}
+    wanted = {_name(linear.input) for linear in linears} | {"logits"}
+    graph = stored.model.graph
+    shapes = {_name(value): [d if isinstance(d, int) else None for d in value.shape or ()] for value in graph.inputs}
+    rest = {name: feed(name, shape, ids[None]) for name, shape in shapes.items()}
+    session = _session(stored, [*rest, *given], sorted(wanted - given.keys()), threads)
+    outputs = [item.name for item in session.get_outputs()]
+    results = session.run(outputs, {**given, **rest})
+    return {name: array.reshape(-1, array.shape[-1]) for name, array in zip(outputs, results, strict=True)}
+
+
+def _linear(
+    stored: StoredGraph,
+    linear: StoredLinear,
+    record: Recording,
+    found: dict[str, F32],
+    grid: ActivationGrid | None,
+    threads: int,
+) -> LinearParity:
+    x, y = record.inputs[linear.names[0]], _output(record, linear)
+    engine_x = found[_name(linear.input)]
+    session = _session(stored, [_name(linear.input)], [_name(value) for value in linear.outputs], threads)
+    engine_y = sum(session.run(None, {_name(linear.input): x[None]}))
+    error = _relative(engine_y[0], y)
+    if grid is None:
+        return LinearParity(linear.label, x.size, 1.0, 0, max(error, _relative(engine_x, x)))
+    off = np.abs(grid.codes(engine_x).astype(np.int16) - grid.codes(x))
+    return LinearParity(linear.label, x.size, float((off == 0).mean()), int(off.max()), error)
+
+
+def _output(record: Recording, linear: StoredLinear) -> F32:
+    return np.concatenate([record.outputs[name] for name in linear.names], axis=-1)
+
+
+def _relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """‖found − expected‖ / ‖expected‖."""
+    norm = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(found - expected)) / norm if norm else float(np.linalg.norm(found) > 0)
+
+
+def _session(stored: StoredGraph, inputs: Sequence[str], outputs: Sequence[str], threads: int) -> ort.InferenceSession:
+    """A session on the part of the engine's graph between the named values, weights in the engine file."""
+    graph = ir.convenience.extract(stored.model.graph, inputs, outputs)
+    for value in (*graph.inputs, *graph.outputs):
+        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+    model = ir.Model(graph, ir_version=stored.model.ir_version)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", stored.file.directory)
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _name(value: ir.Value) -> str:
+    return value.name or ""
+
+
+def worst(checks: Sequence[LinearParity]) -> Iterator[str]:
+    """One line for each measure: the linear that is furthest off."""
+    coded = min(checks, key=lambda check: check.equal)
+    far = max(checks, key=lambda check: check.error)
+    yield f"codes: fewest equal at {coded.name}, {coded.equal:.5%}, furthest off by {max(c.distance for c in checks)}"
+    yield f"linears: furthest off on equal codes is {far.name}, {far.error:.1e}"

@@ -1,0 +1,86 @@
+"""Activations on the deployed grid in PyTorch: the linears of a reference see their inputs rounded and are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rqc.models.grid import activation_codes, fake_quantize_activations
+from rqc.models.reference import Reference
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """Symmetric and dynamic: `bits` per code, one scale per token and block of inputs (-1: one per token)."""
+
+    bits: int
+    block: int
+
+    def codes(self, x: F32) -> NDArray[np.int8]:
+        """int8 codes of x [..., K]; x that lies on the grid keeps its codes."""
+        return activation_codes(x, self.block, self.bits)[0]
+
+    def round(self, x: Tensor) -> Tensor:
+        """x [..., K] on the grid."""
+        return torch.from_numpy(fake_quantize_activations(x.numpy(), self.block, self.bits))
+
+
+def quantize_inputs(reference: Reference, grids: Mapping[str, ActivationGrid]) -> None:
+    """Round what the named linears read, behind the rotation before them if any. Parts of one module share a grid."""
+    memo = _Memo()
+    done: set[int] = set()
+    for name, grid in grids.items():
+        module = reference.parts[name].module
+        if id(module) not in done:
+            done.add(id(module))
+            module.register_forward_pre_hook(lambda _, args, grid=grid: (memo.round(args[0], grid), *args[1:]))
+
+
+@dataclass
+class _Memo:
+    """The last rounded input: q, k and v, gate and up read the same tensor one after the other."""
+
+    key: tuple[Tensor, ActivationGrid] | None = None
+    value: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def round(self, x: Tensor, grid: ActivationGrid) -> Tensor:
+        if self.key is None or self.key[0] is not x or self.key[1] != grid:
+            self.key, self.value = (x, grid), grid.round(x)
+        return self.value
+
+
+@dataclass
+class Recording:
+    """What linears read, x [tokens, in] as they saw it, and wrote, y [tokens, out], for one sequence: by name."""
+
+    inputs: dict[str, F32] = field(default_factory=dict)
+    outputs: dict[str, F32] = field(default_factory=dict)
+
+
+@contextmanager
+def recording(reference: Reference, names: Iterable[str]) -> Iterator[Recording]:
+    """Record the named linears while the context is open; one run is kept, the last."""
+    record = Recording()
+    handles = []
+    for name in names:
+        module, rows = reference.parts[name].module, reference.parts[name].rows
+
+        def keep(_: Any, args: tuple[Tensor, ...], out: Tensor, name: str = name, rows: slice = rows) -> None:
+            record.inputs[name] = args[0].reshape(-1, args[0].shape[-1]).numpy()
+            record.outputs[name] = out.reshape(-1, out.shape[-1])[:, rows].numpy()
+
+        handles.append(module.register_forward_hook(keep))
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
