@@ -57,7 +57,7 @@ def keep(manifest: dict[str, Any]) -> None:
     """The edit that changes nothing."""
 
 
-def assemble(content: Mapping[str, bytes], edit: Edit = keep) -> bytes:
+def assemble(content: Mapping[str, bytes], edit: Edit = keep, wrong: str = "") -> bytes:
     """The engine file of these entries in this order; `edit` changes the manifest, or returns bytes to hold instead."""
     text = b""
     while True:
@@ -65,7 +65,7 @@ def assemble(content: Mapping[str, bytes], edit: Edit = keep) -> bytes:
         entries = plan._place(sizes)
         before, text = text, _manifest(content, entries, edit)
         if len(before) == len(text):
-            return join({**content, MANIFEST: text}, entries)
+            return join({**content, MANIFEST: text}, entries, wrong)
 
 
 def _manifest(content: Mapping[str, bytes], entries: list[Entry], edit: Edit) -> bytes:
@@ -83,8 +83,8 @@ def _manifest(content: Mapping[str, bytes], entries: list[Entry], edit: Edit) ->
     return edited if isinstance(edited, bytes) else json.dumps(manifest).encode()
 
 
-def join(content: Mapping[str, bytes], entries: list[Entry]) -> bytes:
-    """The ZIP file of these entries at these places."""
-    sealed = [replace(entry, crc=zlib.crc32(content[entry.name])) for entry in entries]
+def join(content: Mapping[str, bytes], entries: list[Entry], wrong: str = "") -> bytes:
+    """The ZIP file of these entries at these places; the CRC-32 of the entry `wrong` is that of nothing."""
+    sealed = [replace(entry, crc=zlib.crc32(content[entry.name] * (entry.name != wrong))) for entry in entries]
     pieces = [local_bytes(entry) + content[entry.name] for entry in sealed]
     return b"".join(pieces) + tail_bytes(sealed)

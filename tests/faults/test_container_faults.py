@@ -326,6 +326,14 @@ def test_entries_that_overlap(tmp_path: Path, sound: dict[str, bytes]) -> None:
     refuse(tmp_path / "e.plan", bytes(data), "begins at byte")
 
 
+@pytest.mark.parametrize("name", [MANIFEST, GRAPH, "tokenizer.json", WEIGHTS])
+def test_a_checksum_that_other_zip_readers_would_refuse(tmp_path: Path, sound: dict[str, bytes], name: str) -> None:
+    data = assemble(sound, wrong=name)
+    refuse(tmp_path / "e.plan", data, f"{name} is damaged", check=name == WEIGHTS)
+    with zipfile.ZipFile(tmp_path / "e.plan") as archive:
+        assert archive.testzip() == name
+
+
 def test_a_bomb_of_entries_is_refused_at_once(tmp_path: Path) -> None:
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 1 << 30, 4, 0)
     refuse(tmp_path / "e.plan", b"PK\3\4" + end, "claims 1073741824 bytes")
