@@ -15,6 +15,8 @@ FAITHFUL_KL = 1e-6
 EQUAL_CODES = 0.999
 CODE_DISTANCE = 1.0
 LINEAR_ERROR = 1e-5
+KERNEL_ROUNDING = 2e-3
+"""Error of a linear that rounds its own 8-bit input: a thousandth of the codes off by one gives 6e-4, no rounding 6e-3."""
 PPL_FIDELITY = {8: 1.03, 6: 1.05, 4: 1.10}
 """By activation bits: perplexity of engine and fake quantization, larger over smaller; chaos of rounding moves it."""
 QUALITY = {"fp16": 1.005, "w8a16": 1.02, "w8a8": 1.02, "w6a6": 1.05, "w4a16": 1.25, "w4a8": 1.25}
@@ -72,6 +74,7 @@ def faithful_limits(scheme: Scheme) -> dict[str, float]:
         "equal_codes": EQUAL_CODES,
         "code_distance": CODE_DISTANCE,
         "linear_error": LINEAR_ERROR,
+        **({"kernel_rounding": KERNEL_ROUNDING} if scheme.activation_bits == 8 else {}),
         "ppl_fidelity": PPL_FIDELITY[scheme.activation_bits],
     }
 
@@ -84,8 +87,8 @@ def judge(
     `ppl_ratio` is always there: with the user's limit, which counts, or with the scheme's expectation, which does not.
     """
     fixed = faithful_limits(scheme)
-    gates = [Gate(name, value, limits.get(name, fixed[name])) for name, value in faithful.items()]
+    gates = [Gate(name, faithful[name], limits.get(name, limit)) for name, limit in fixed.items()]
     expected = limits.get("ppl_ratio", QUALITY.get(scheme.name))
     gates.append(Gate("ppl_ratio", measured["ppl_ratio"], expected, counts="ppl_ratio" in limits))
-    extra = [name for name in limits if name not in faithful and name != "ppl_ratio"]
+    extra = [name for name in limits if name not in fixed and name != "ppl_ratio"]
     return gates + [Gate(name, measured[name], limits[name]) for name in extra]

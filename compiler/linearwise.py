@@ -30,7 +30,8 @@ class LinearParity:
     """One linear of the engine.
 
     elements: of its input; equal: share of their codes that agree; distance: codes by which the furthest is off;
-    error: ‖y − y_ref‖ / ‖y_ref‖ on equal codes, or the same of its input where that is not rounded and off further.
+    error: ‖y − y_ref‖ / ‖y_ref‖ on equal codes, or the same of its input where that is not rounded and off further;
+    rounded: the same of y where the engine rounds its own input, which a kernel does out of sight.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LinearParity:
     equal: float
     distance: int
     error: float
+    rounded: float
 
 
 def activation_grids(stored: StoredGraph, bits: int) -> dict[str, ActivationGrid]:
@@ -72,7 +74,7 @@ def compare_linears(
     checks = [_linear(stored, linear, record, found, grids.get(linear.label), threads) for linear in linears]
     scores = found.get("logits")
     if scores is not None:
-        checks.append(LinearParity("logits", scores.size, 1.0, 0, _relative(scores, logits)))
+        checks.append(LinearParity("logits", scores.size, 1.0, 0, _relative(scores, logits), 0.0))
     return checks
 
 
@@ -106,12 +108,18 @@ def _linear(
     x, y = record.inputs[linear.names[0]], _output(record, linear)
     engine_x = found[_name(linear.input)]
     session = _session(stored, [_name(linear.input)], [_name(value) for value in linear.outputs], threads)
-    engine_y = sum(session.run(None, {_name(linear.input): x[None]}))
-    error = _relative(engine_y[0], y)
+    error = _relative(_alone(session, x), y)
     if grid is None:
-        return LinearParity(linear.label, x.size, 1.0, 0, max(error, _relative(engine_x, x)))
+        return LinearParity(linear.label, x.size, 1.0, 0, max(error, _relative(engine_x, x)), 0.0)
     off = np.abs(grid.codes(engine_x).astype(np.int16) - grid.codes(x))
-    return LinearParity(linear.label, x.size, float((off == 0).mean()), int(off.max()), error)
+    rounded = _relative(_alone(session, engine_x), y)
+    return LinearParity(linear.label, x.size, float((off == 0).mean()), int(off.max()), error, rounded)
+
+
+def _alone(session: ort.InferenceSession, x: F32) -> NDArray[Any]:
+    """y [tokens, out] of a linear in a session of its own, its planes added up, for x [tokens, in]."""
+    planes = session.run(None, {session.get_inputs()[0].name: x[None]})
+    return np.asarray(sum(plane[0] for plane in planes))
 
 
 def _output(record: Recording, linear: StoredLinear) -> F32:
@@ -148,3 +156,4 @@ def worst(checks: Sequence[LinearParity]) -> Iterator[str]:
     far = max(checks, key=lambda check: check.error)
     yield f"codes: fewest equal at {coded.name}, {coded.equal:.5%}, furthest off by {max(c.distance for c in checks)}"
     yield f"linears: furthest off on equal codes is {far.name}, {far.error:.1e}"
+    yield f"linears: furthest off on codes of their own: {max(check.rounded for check in checks):.1e}"

@@ -144,6 +144,7 @@ class _Verification:
             "equal_codes": sum(check.equal * check.elements for check in checks) / elements,
             "code_distance": float(max(check.distance for check in checks)),
             "linear_error": max(check.error for check in checks),
+            "kernel_rounding": max(check.rounded for check in checks),
             "ppl_fidelity": max(measured[2] / same, same / measured[2]),
         }
         self.notes.append(f"perplexity of the same fake quantization in PyTorch: {same:.4f}")
