@@ -13,10 +13,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from rqc.compiler.parity import Perplexity, log_softmax
 from rqc.compiler.probe import feed, save_stage
 
 LAYER = re.compile(r"layers\.(\d+)\b")
-POSITIONS_AT_ONCE = 128
+POSITIONS_AT_ONCE = 64
 Array = NDArray[np.generic]
 DTYPES = {
     np.dtype(np.float32): ir.DataType.FLOAT,
@@ -120,16 +121,13 @@ def _session(model: ir.Model, part: Part, known: dict[str, Array], threads: int)
 
 def perplexity(model: ir.Model, token_ids: NDArray[np.int64], *, threads: int = 0) -> float:
     """exp of the mean negative log-likelihood of every next token within the windows [batch, sequence]."""
-    total, position = 0.0, 0
-    targets = token_ids[:, 1:]
+    score, position = Perplexity(), 0
     for part, values in run_parts(model, token_ids, threads=threads):
-        if "logits" not in values or part.name != "head":
+        if part.name != "head":
             continue
-        logits = np.asarray(values["logits"], np.float64)
-        wanted = targets[:, position : position + logits.shape[1]]
-        logits = logits[:, : wanted.shape[1]]
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        log_probability = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-        total -= float(np.take_along_axis(log_probability, wanted[..., None], axis=-1).sum())
-        position += POSITIONS_AT_ONCE
-    return float(np.exp(min(total / targets.size, 700.0)))
+        logits = np.asarray(values["logits"], np.float32)
+        targets = token_ids[:, position + 1 : position + 1 + logits.shape[1]]
+        for row, wanted in zip(logits, targets, strict=True):
+            score.add(log_softmax(row), wanted)
+        position += logits.shape[1]
+    return score.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib import metadata
 from math import prod
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from rqc.compiler.importer import Imported
 from rqc.compiler.recipe import Recipe
 from rqc.models.algebra import dimensions
-from rqc.models.description import HEAD
+from rqc.models.description import EMBEDDING, HEAD
 from rqc.models.quantized import LazyQuantized
 from rqc.models.rotation import Rotation
 from rqc.models.weights import Weight
@@ -108,28 +109,30 @@ def stored_bytes(model: ir.Model) -> int:
 
 
 def layers(model: ir.Model) -> list[dict[str, Any]]:
-    """Every linear and table of the graph: what it is stored as and which operator runs it; online rotations counted by
-    site."""
+    """Every linear and table: what it is stored as and which operator runs it; online rotations counted by site."""
     rows = []
     for node in model.graph:
+        form = next((form for value in node.inputs if (form := _form(node, value)) is not None), None)
         name = node.metadata_props.get(LINEAR)
-        if name is None and node.op_type not in ("GatherBlockQuantized",):
-            continue
-        found = [value.const_value.meta for value in node.inputs if value is not None and value.const_value is not None]
-        quantized = next((meta[QUANTIZED] for meta in found if isinstance(meta.get(QUANTIZED), LazyQuantized)), None)
-        weight = next((meta[WEIGHT] for meta in found if isinstance(meta.get(WEIGHT), Weight)), None)
-        rows.append({"name": name or "model.embed_tokens.weight", "op": node.op_type, **_form(node, quantized, weight)})
-    online: dict[str, int] = {}
-    for node in model.graph:
-        if ONLINE in node.metadata_props and node.op_type == "MatMul":
-            online[node.metadata_props[ONLINE]] = online.get(node.metadata_props[ONLINE], 0) + 1
-    rows += [{"name": f"online {site}", "op": "MatMul", "count": count} for site, count in sorted(online.items())]
-    return rows
+        if form is not None and (name is not None or node.op_type in ("Gather", "GatherBlockQuantized")):
+            rows.append({"name": name or EMBEDDING, "op": node.op_type, **form})
+    products = [node for node in model.graph if ONLINE in node.metadata_props and node.op_type == "MatMul"]
+    online = Counter(node.metadata_props[ONLINE] for node in products)
+    return rows + [{"name": f"online {site}", "op": "MatMul", "count": online[site]} for site in sorted(online)]
 
 
-def _form(node: ir.Node, quantized: LazyQuantized | None, weight: Weight | None) -> dict[str, Any]:
-    if quantized is None:
-        return {"bits": 32, "shape": list(weight.shape) if weight is not None else None}
+def _form(node: ir.Node, value: ir.Value | None) -> dict[str, Any] | None:
+    """How the weight behind an input is stored, or None if there is none; a cast in between is looked through."""
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "Cast":
+        value = producer.inputs[0]
+    if value is None or value.const_value is None:
+        return None
+    quantized, weight = value.const_value.meta.get(QUANTIZED), value.const_value.meta.get(WEIGHT)
+    if isinstance(weight, Weight) and len(weight.shape) == 2:
+        return {"bits": value.const_value.dtype.bitwidth, "shape": list(weight.shape)}
+    if not isinstance(quantized, LazyQuantized):
+        return None
     level = node.attributes.get("accuracy_level")
     return {
         "bits": quantized.grid.bits,

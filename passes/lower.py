@@ -140,9 +140,20 @@ class SelectPositions(Pass):
         gather.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         insert_before(node, [indices, gather])
         node.replace_input_with(index, gather.outputs[0])
+        _forget_shapes(model, gather)
         logits = model.graph.outputs[0]
         logits.shape = ir.Shape(["batch", "positions", (logits.shape or ir.Shape([None]))[-1]])
         return ir.passes.PassResult(model, modified=True)
+
+
+def _forget_shapes(model: ir.Model, gather: ir.Node) -> None:
+    """Behind the gather a value has as many rows as positions: shapes of [batch, sequence, …] no longer hold."""
+    behind = {gather}
+    for node in model.graph:
+        if any(value is not None and value.producer() in behind for value in node.inputs):
+            behind.add(node)
+            for output in node.outputs:
+                output.shape = None if not output.is_graph_output() else output.shape
 
 
 def _producer(node: ir.Node) -> ir.Node | None:
