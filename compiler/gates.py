@@ -16,7 +16,7 @@ EQUAL_CODES = 0.999
 CODE_DISTANCE = 1.0
 LINEAR_ERROR = 1e-5
 KERNEL_ROUNDING = 2e-3
-"""Error of a linear that rounds its own 8-bit input: a thousandth of the codes off by one gives 6e-4, no rounding 6e-3."""
+"""Error of a linear that rounds its 8-bit input: a thousandth of the codes off by one gives 6e-4, no rounding 6e-3."""
 PPL_FIDELITY = {8: 1.03, 6: 1.05, 4: 1.10}
 """By activation bits: perplexity of engine and fake quantization, larger over smaller; chaos of rounding moves it."""
 QUALITY = {"fp16": 1.005, "w8a16": 1.02, "w8a8": 1.02, "w6a6": 1.05, "w4a16": 1.25, "w4a8": 1.25}
