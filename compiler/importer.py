@@ -40,7 +40,7 @@ class Imported:
 
 
 def import_model(model_dir: str | Path) -> Imported:
-    """Build the standard ONNX graph of a model directory; weights stay in their files.
+    """Build the standard ONNX graph of a model directory (or a GGUF file); weights stay in their files.
 
     Raises CheckpointError (missing, damaged or mismatched files) and UnsupportedModelError (unknown family, unclaimed
     linear).
@@ -48,9 +48,9 @@ def import_model(model_dir: str | Path) -> Imported:
     raw = read_config(model_dir)
     family = family_of(str(raw.get("model_type")))
     checkpoint = Checkpoint.open(model_dir)
-    config = _full_config(model_dir)
+    config = _full_config(checkpoint.directory)
     architecture = _architecture(config)
-    model = _skeleton(model_dir)
+    model = _skeleton(checkpoint.directory)
     description = Description.of(architecture, model.graph.initializers)
     _add_dropped_biases(model, description, checkpoint)
     _attach_weights(model, description, checkpoint, family)
@@ -62,7 +62,7 @@ def import_model(model_dir: str | Path) -> Imported:
     return Imported(model, description, checkpoint, config)
 
 
-def _full_config(model_dir: str | Path) -> dict[str, Any]:
+def _full_config(model_dir: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
@@ -79,7 +79,7 @@ def _architecture(config: dict[str, Any]) -> Architecture:
         raise CheckpointError(f"config.json lacks {error}", hint="download it again") from error
 
 
-def _skeleton(model_dir: str | Path) -> ir.Model:
+def _skeleton(model_dir: Path) -> ir.Model:
     import mobius
 
     logging.getLogger("mobius").setLevel(logging.ERROR)  # what it warns of (dropped windows) is put right below
@@ -89,6 +89,7 @@ def _skeleton(model_dir: str | Path) -> ir.Model:
         warnings.simplefilter("ignore")
         package = mobius.build(str(model_dir), execution_provider=PROVIDER, load_weights=False, dtype="f32")
     model: ir.Model = package["model"]
+    model.graph.name = "model"  # by default the directory, which is not to be part of an engine
     foreign = sorted({node.domain for node in model.graph if node.domain})
     if foreign:
         raise UnsupportedModelError(f"the importer left operators of domain {foreign[0]!r} in the graph")

@@ -1,60 +1,82 @@
-"""A Hugging Face model directory, read tensor by tensor and row by row.
+"""A model directory, read tensor by tensor and row by row: safetensors (one file or shards) or one GGUF file.
 
-Nothing stays mapped between reads: pages of a mapped file count as resident memory, so a shard is opened, sliced and closed.
+Nothing stays mapped between reads: pages of a mapped file count as resident memory, so a shard is opened, sliced and
+closed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors
 from numpy.typing import NDArray
 
+from rqc.models.gguf_files import directory_of, gguf_of, rope_is_scaled, scaled_rope
+from rqc.models.gguf_source import named_tensors, read_gguf
 from rqc.runtime.errors import CheckpointError, UnsupportedModelError
 
+GGUF = ".gguf"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 
 
+class TensorInfo(Protocol):
+    """Where one tensor lies: its file, its shape, its type there, and how its rows are read."""
+
+    @property
+    def shard(self) -> Path: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop) along the first axis; all of a tensor without axes. Raises CheckpointError."""
+
+
 @dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies: its shard, shape and safetensors dtype."""
+class SafetensorsTensor:
+    """A tensor of a safetensors file."""
 
     shard: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float64]:
+        """Rows [start, stop), exact: bfloat16 goes through PyTorch, NumPy has no such type."""
+        with _opened(self.shard, "pt" if self.dtype == "BF16" else "np") as shard:
+            raw = shard.get_slice(self.name)[start:stop] if self.shape else shard.get_tensor(self.name)
+            return raw.double().numpy() if self.dtype == "BF16" else np.asarray(raw, dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a model directory (safetensors, single or sharded)."""
+    """The tensors of a model directory by their Hugging Face names.
+
+    `directory` holds config.json and the tokenizer: the model's own, or for a GGUF one that was made from it.
+    """
 
     directory: Path
-    tensors: dict[str, TensorInfo] = field(repr=False)
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
 
     @classmethod
-    def open(cls, directory: str | Path) -> Checkpoint:
-        """Read the headers of all shards; no weight is read.
+    def open(cls, model: str | Path) -> Checkpoint:
+        """Read the headers of a model directory (or of a GGUF file); no weight is read.
 
-        Raises CheckpointError when the directory, a shard or a tensor is missing, truncated or pickled.
+        Raises CheckpointError when the directory, a shard or a tensor is missing, truncated or pickled,
+        UnsupportedModelError when rqc does not know the kind of a tensor or of a GGUF.
         """
-        directory = Path(directory)
-        tensors: dict[str, TensorInfo] = {}
-        for shard, expected in _shards(directory).items():
-            found = dict(_headers(shard))
-            for name in expected - found.keys():
-                raise CheckpointError(
-                    f"{shard.name} lacks tensor {name!r} that the index promises", hint="download the checkpoint again"
-                )
-            tensors.update(found)
-        return cls(directory, tensors)
+        directory = model_directory(model)
+        gguf = gguf_of(directory)
+        return cls(directory, _safetensors(directory) if gguf is None else _gguf(gguf, read_config(directory)))
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -71,12 +93,8 @@ class Checkpoint:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float64]:
         """Rows [start, stop) of a tensor as float64. Raises CheckpointError on NaN or infinite values."""
         info = self.info(name)
-        with _opened(info.shard, "pt" if info.dtype == "BF16" else "np") as shard:
-            if info.shape:
-                raw = shard.get_slice(name)[start : info.shape[0] if stop is None else stop]
-            else:
-                raw = shard.get_tensor(name)
-            values = raw.double().numpy() if info.dtype == "BF16" else np.asarray(raw, dtype=np.float64)
+        length = info.shape[0] if info.shape else 1
+        values = info.rows(start, length if stop is None else min(stop, length))
         if not np.isfinite(values).all():
             raise CheckpointError(
                 f"tensor {name!r} in {info.shard.name} holds NaN or infinite values",
@@ -85,13 +103,55 @@ class Checkpoint:
         return values
 
     def fingerprint(self) -> str:
-        """sha256 over config.json and, per tensor, its name, type, shape and first row: the identity of a base model."""
+        """sha256 over config.json and, per tensor, its name, type, shape and first row: the identity of a base
+        model."""
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         for name in sorted(self.tensors):
             info = self.tensors[name]
             digest.update(f"{name} {info.dtype} {info.shape}".encode())
             digest.update(self.read(name, 0, 1).tobytes())
         return digest.hexdigest()
+
+
+def model_directory(model: str | Path) -> Path:
+    """The directory that holds a model's config.json and tokenizer, by the directory or GGUF file that was named.
+
+    Safetensors win over a GGUF beside them. A GGUF (alone in its directory or named itself) gets a directory made from
+    what it says; files beside it win over those made. Raises CheckpointError when there is no such directory, and
+    when it holds several GGUF files of which none is named.
+    """
+    path = Path(model)
+    if path.suffix == GGUF and path.is_file():
+        return directory_of(path.absolute())
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a model directory", hint="give a Hugging Face model directory")
+    found = sorted(path.glob(f"*{GGUF}"))
+    if not found or any(path.glob("*.safetensors")):
+        return path
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path} holds several GGUF files: {', '.join(file.name for file in found)}",
+            hint="name the file itself instead of the directory",
+        )
+    return directory_of(found[0].absolute())
+
+
+def _gguf(path: Path, config: dict[str, Any]) -> Mapping[str, TensorInfo]:
+    tensors = named_tensors(read_gguf(path), str(config.get("model_type")))
+    derived = scaled_rope(tensors) if rope_is_scaled(config) else set()
+    return {name: tensor for name, tensor in tensors.items() if name not in derived}
+
+
+def _safetensors(directory: Path) -> Mapping[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for shard, expected in _shards(directory).items():
+        found = dict(_headers(shard))
+        for name in sorted(expected - found.keys()):
+            raise CheckpointError(
+                f"{shard.name} lacks tensor {name!r} that the index promises", hint="download the checkpoint again"
+            )
+        tensors.update(found)
+    return tensors
 
 
 def _shards(directory: Path) -> dict[Path, set[str]]:
@@ -111,7 +171,9 @@ def _shards(directory: Path) -> dict[Path, set[str]]:
             f"{directory} holds pickled weights ({pickled[0]}), which can run code when they are read",
             hint="convert them: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)",
         )
-    raise CheckpointError(f"{directory} holds no weights", hint="a model directory has *.safetensors beside config.json")
+    raise CheckpointError(
+        f"{directory} holds no weights", hint="a model directory has *.safetensors beside config.json, or one GGUF file"
+    )
 
 
 def _indexed_shards(index: Path) -> dict[Path, set[str]]:
@@ -122,7 +184,9 @@ def _indexed_shards(index: Path) -> dict[Path, set[str]]:
     shards: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
         if Path(file).name != file:
-            raise CheckpointError(f"{index.name} names a shard outside of its directory: {file!r}", hint="do not use it")
+            raise CheckpointError(
+                f"{index.name} names a shard outside of its directory: {file!r}", hint="do not use it"
+            )
         shards.setdefault(index.parent / file, set()).add(name)
     for shard in shards:
         if not shard.is_file():
@@ -130,7 +194,7 @@ def _indexed_shards(index: Path) -> dict[Path, set[str]]:
     return shards
 
 
-def _headers(shard: Path) -> Iterator[tuple[str, TensorInfo]]:
+def _headers(shard: Path) -> Iterator[tuple[str, SafetensorsTensor]]:
     with _opened(shard, "np") as opened:
         for name in opened.keys():  # noqa: SIM118 (a safetensors handle is not iterable)
             part = opened.get_slice(name)
@@ -140,23 +204,23 @@ def _headers(shard: Path) -> Iterator[tuple[str, TensorInfo]]:
                     f"tensor {name!r} in {shard.name} is of type {dtype}; rqc quantizes float checkpoints",
                     hint="start from the float (fp32, fp16, bf16) checkpoint of this model",
                 )
-            yield name, TensorInfo(shard, tuple(part.get_shape()), dtype)
+            yield name, SafetensorsTensor(shard, name, tuple(part.get_shape()), dtype)
 
 
 @contextmanager
 def _opened(shard: Path, framework: str) -> Iterator[Any]:
     try:
-        with safetensors.safe_open(shard, framework) as opened:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(shard, framework) as opened:
             yield opened
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{shard} cannot be read: {error}", hint="the file is truncated or damaged; download it again") from error
+        raise CheckpointError(
+            f"{shard} cannot be read: {error}", hint="the file is truncated or damaged; download it again"
+        ) from error
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """config.json of a model directory. Raises CheckpointError when there is none or it is no JSON object."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a model directory", hint="give a Hugging Face model directory")
+    directory = model_directory(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json", hint="give a Hugging Face model directory")
