@@ -98,9 +98,14 @@ def run_parts(
             yield part, known
             continue
         for start in range(0, token_ids.shape[1], POSITIONS_AT_ONCE):
-            piece = {name: known[name][:, start : start + POSITIONS_AT_ONCE] for name in part.inputs}
+            piece = {name: _slice(known[name], start) for name in part.inputs}
             (logits,) = session.run(["logits"], piece)
             yield part, {"logits": logits}
+
+
+def _slice(value: Array, start: int) -> Array:
+    """Positions [start, start + POSITIONS_AT_ONCE) of a stream [batch, sequence, n]; a gain (one axis) as it is."""
+    return value if value.ndim == 1 else value[:, start : start + POSITIONS_AT_ONCE]
 
 
 def _session(model: ir.Model, part: Part, known: dict[str, Array], threads: int) -> ort.InferenceSession:

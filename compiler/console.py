@@ -99,7 +99,7 @@ def plain(value: Any) -> Any:
 
 
 class Steps:
-    """Progress on stderr: a line for each finished step; a percentage, redrawn on a terminal, a line per tenth elsewhere."""
+    """Progress on stderr: a line for each finished step; a percentage, redrawn on a terminal, by tenths elsewhere."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()

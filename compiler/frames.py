@@ -31,15 +31,15 @@ COARSE_ACTIVATIONS = 6
 Verdict = tuple[Rotation, dict[str, Any]]
 
 
-def choose_frame(recipe: Recipe, imported: Imported, progress: Progress) -> Verdict:
+def choose_frame(recipe: Recipe, imported: Imported, progress: Progress, *, measure: bool = True) -> Verdict:
     """The rotation of `--rotate auto` and {'chosen', 'scores'}: perplexities of both frames, rounded to 4 digits."""
     none = Rotation.parse("none", recipe.hadamard, recipe.rotation_seed)
     rotated = _candidate(recipe, imported)
     if not recipe.scheme.quantized:
         progress.line("rotate auto: none, nothing is quantized")
         return none, _said(none, None)
-    ids = calibration_ids(recipe, imported)
-    obstacle = "the model has no tokenizer.json" if ids is None else _too_large(recipe, imported)
+    ids = calibration_ids(recipe, imported) if measure else None
+    obstacle = _obstacle(recipe, imported, measure, ids)
     if ids is None or obstacle:
         chosen = rotated if recipe.scheme.activation_bits <= COARSE_ACTIVATIONS else none
         progress.line(f"rotate auto: {chosen}, by the scheme alone, because {obstacle}")
@@ -85,8 +85,12 @@ def calibration_ids(recipe: Recipe, imported: Imported, tokens: int = TOKENS) ->
     return np.asarray(cut, np.int64)
 
 
-def _too_large(recipe: Recipe, imported: Imported) -> str:
-    """Why the measurement does not fit under --max-memory, or nothing."""
+def _obstacle(recipe: Recipe, imported: Imported, measure: bool, ids: NDArray[np.int64] | None) -> str:
+    """Why nothing can be measured, or nothing."""
+    if not measure:
+        return "a dry run reads no weights"
+    if ids is None:
+        return "the model has no tokenizer.json"
     if recipe.max_memory is None:
         return ""
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -49,10 +49,17 @@ class PassRecord:
     exact: bool
     seconds: float
     drift: float | None
+    detail: str = ""
 
     def to_json(self) -> dict[str, object]:
         """The record as it stands in reports."""
-        return {"name": self.name, "exact": self.exact, "seconds": round(self.seconds, 4), "drift": self.drift}
+        return {
+            "name": self.name,
+            "exact": self.exact,
+            "seconds": round(self.seconds, 4),
+            "drift": self.drift,
+            "detail": self.detail,
+        }
 
 
 @dataclass
@@ -73,7 +80,7 @@ class Instruments:
             started = time.perf_counter()
             step(model)
             seconds = time.perf_counter() - started
-            record = PassRecord(step.label, step.exact, seconds, self._drift(model, before))
+            record = PassRecord(step.label, step.exact, seconds, self._drift(model, before), step.detail)
             self.records.append(record)
             self._dump(model, step.label)
             self.progress.line(_told(record))
@@ -120,4 +127,5 @@ def probe_tokens(model: ir.Model) -> np.ndarray:
 def _told(record: PassRecord) -> str:
     kind = "exact" if record.exact else "lossy"
     drifted = "" if record.drift is None else f"  drift {record.drift:.1e}"
-    return f"{record.name:<24} {kind}  {record.seconds:7.2f} s{drifted}"
+    detail = f"  {record.detail}" if record.detail else ""
+    return f"{record.name:<24} {kind}  {record.seconds:7.2f} s{drifted}{detail}"

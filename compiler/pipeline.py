@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from rqc.compiler import manifest as manifests
-from rqc.compiler.frames import choose_frame
+from rqc.compiler.frames import Verdict, choose_frame
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
 from rqc.compiler.passlist import passes_of
@@ -72,10 +72,10 @@ def compile_model(
     recipe = recipe or Recipe()
     instruments = Instruments(verify_each, dump_ir, progress or Silent())
     imported = import_model(model_dir)
-    rotation, verdict = _rotation(recipe, imported, instruments.progress)
+    rotation, verdict = _rotation(recipe, imported, instruments.progress, measure=not dry_run)
     model, description = imported.model, imported.description
     instruments.run(model, passes_of(recipe, description, rotation))
-    estimated = estimate(model)
+    estimated = estimate(model, manifests.parameter_count(imported))
     check_memory(estimated, recipe.max_memory)
     summary = None
     if not dry_run:
@@ -94,11 +94,11 @@ def compile_model(
     )
 
 
-def _rotation(recipe: Recipe, imported: Imported, progress: Progress) -> tuple[Rotation, dict[str, Any]]:
+def _rotation(recipe: Recipe, imported: Imported, progress: Progress, *, measure: bool) -> Verdict:
     """The rotation to use and what is said of the choice."""
     if recipe.rotation is not None:
         return recipe.rotation, {"chosen": str(recipe.rotation), "scores": None}
-    return choose_frame(recipe, imported, progress)
+    return choose_frame(recipe, imported, progress, measure=measure)
 
 
 def _write(

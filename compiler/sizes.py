@@ -4,7 +4,7 @@ compiler."""
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 
 import onnx_ir as ir
@@ -27,13 +27,14 @@ class Estimate:
 
     size_bytes: int
     peak_rss_bytes: int
+    parameters: int = 0
 
     def to_json(self) -> dict[str, int]:
         """The estimate as it stands in reports."""
-        return {"size_bytes": self.size_bytes, "peak_rss_bytes": self.peak_rss_bytes}
+        return asdict(self)
 
 
-def estimate(model: ir.Model) -> Estimate:
+def estimate(model: ir.Model, parameters: int = 0) -> Estimate:
     """Size of the engine and peak of writing it: what the process holds now, and the largest weight with its working
     copies."""
     sizes: dict[object, int] = {}
@@ -45,7 +46,7 @@ def estimate(model: ir.Model) -> Estimate:
         sizes[id(tensor) if key is None else key] = tensor.nbytes
         working = max(working, _working_bytes(tensor))
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Estimate(sum(sizes.values()) + TOKENIZER_BYTES, held + working + WRITER_BYTES)
+    return Estimate(sum(sizes.values()) + TOKENIZER_BYTES, held + working + WRITER_BYTES, parameters)
 
 
 def _working_bytes(tensor: ir.TensorProtocol) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rqc.models.description import Architecture
-from rqc.passes.base import initializer, insert_before
+from rqc.passes.base import initializer, insert_after
 from rqc.runtime.errors import UnsupportedModelError
 
 WINDOW = "rqc.window"
@@ -43,14 +43,13 @@ def add_sliding_windows(model: ir.Model, config: dict[str, Any], architecture: A
             f"{architecture.model_type}: the importer gave no layer a full mask", hint="rqc cannot prove this window"
         )
     banded: dict[int, ir.Value] = {}
-    first = min((user for user, _ in full.uses()), key=list(model.graph).index)
     for node, window in zip(attentions, windows, strict=True):
         if window is None:
             node.replace_input_with(3, full)
             continue
         node.metadata_props[WINDOW] = str(window)
         if window not in banded:
-            banded[window] = _band(model, first, full, window)
+            banded[window] = _band(model, full, window)
         node.replace_input_with(3, banded[window])
 
 
@@ -69,7 +68,7 @@ def _has_window(mask: ir.Value) -> bool:
     return False
 
 
-def _band(model: ir.Model, anchor: ir.Node, mask: ir.Value, window: int) -> ir.Value:
+def _band(model: ir.Model, mask: ir.Value, window: int) -> ir.Value:
     """mask ∧ (query position − key position < window), key positions counted over the valid tokens."""
     inputs = {value.name: value for value in model.graph.inputs}
     one, axis1, axis2 = (
@@ -92,5 +91,7 @@ def _band(model: ir.Model, anchor: ir.Node, mask: ir.Value, window: int) -> ir.V
     else:
         lowest = initializer(model, "rqc.window.lowest", np.asarray(np.finfo(np.float32).min, np.float32))
         out = op("Where", near, mask, lowest)
-    insert_before(anchor, nodes)
+    producer = mask.producer()
+    assert producer is not None
+    insert_after(producer, nodes)
     return out

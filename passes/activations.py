@@ -38,7 +38,13 @@ class QuantizeActivations(Pass):
 
     def __init__(self, bits: int) -> None:
         super().__init__()
+        self.bits = bits
         self.limit = float(2 ** (bits - 1) - 1)
+
+    @property
+    def detail(self) -> str:
+        """Bits per activation."""
+        return f"{self.bits} bit per token"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         done: dict[ir.Value, ir.Value] = {}

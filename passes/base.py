@@ -36,6 +36,11 @@ class Pass(ir.passes.InPlacePass):
         """The name that progress lines, dumps and reports use."""
         return type(self).__name__
 
+    @property
+    def detail(self) -> str:
+        """The parameters of the pass, for progress lines and dry runs; nothing for a pass without any."""
+        return ""
+
 
 def set_weight(value: ir.Value, weight: Weight) -> None:
     """Make `weight` the lazy value (float32) of an initializer."""

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from rqc.models.description import Description
 from rqc.models.quantized import LazyQuantized
-from rqc.passes.base import LINEAR, Pass, discard, initializer, insert_before, linears, replace_uses
+from rqc.passes.base import LINEAR, Pass, discard, initializer, insert_before, lazy_initializer, linears, replace_uses
 from rqc.passes.pack import MICROSOFT, packed_inputs
 from rqc.passes.quantize import quantized_of
 
@@ -85,7 +85,13 @@ def _stack_biases(model: ir.Model, name: str, biases: list[ir.Value | None]) -> 
     tensors = [bias.const_value for bias in biases if bias is not None and bias.const_value is not None]
     if not tensors:
         return None
-    return initializer(model, f"{name}.bias", np.concatenate([tensor.numpy() for tensor in tensors]))
+    stacked = ir.LazyTensor(
+        lambda: ir.Tensor(np.concatenate([tensor.numpy() for tensor in tensors])),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape([sum(tensor.size for tensor in tensors)]),
+        name=f"{name}.bias",
+    )
+    return lazy_initializer(model, f"{name}.bias", stacked)
 
 
 def _drop(model: ir.Model, node: ir.Node) -> None:

@@ -33,6 +33,11 @@ class QuantizeLinears(Pass):
         self.description = description
         self.grid = grid
 
+    @property
+    def detail(self) -> str:
+        """The grid."""
+        return told(self.grid)
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for claim in self.description.claims:
@@ -54,6 +59,11 @@ class QuantizeTables(Pass):
         super().__init__()
         self.grids = {EMBEDDING: embedding, HEAD: head}
 
+    @property
+    def detail(self) -> str:
+        """The grids of both ends."""
+        return "; ".join(f"{name.split('.')[-2]} {told(grid)}" for name, grid in self.grids.items())
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         tied = is_tied(model)
@@ -67,6 +77,14 @@ class QuantizeTables(Pass):
             dequantize_before_use(model, value, LazyQuantized((weight,), grid))
             modified = True
         return ir.passes.PassResult(model, modified=modified)
+
+
+def told(grid: Grid | None) -> str:
+    """A grid in words."""
+    if grid is None:
+        return "float"
+    kind = "symmetric" if grid.symmetric else "asymmetric"
+    return f"{grid.bits} bit, group {grid.group_size}, {kind}, clip {grid.clip}"
 
 
 def table_grid(bits: int, hidden_size: int, group_size: int, symmetric: bool, clip: str) -> Grid | None:

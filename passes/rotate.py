@@ -30,6 +30,11 @@ class Rotate(Pass):
         self.description = description
         self.rotation = rotation
 
+    @property
+    def detail(self) -> str:
+        """Sites, kind and seed."""
+        return f"{self.rotation} {self.rotation.hadamard} seed {self.rotation.seed}"
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if DONE in model.metadata_props or not self.rotation.sites:
             return ir.passes.PassResult(model, modified=False)
