@@ -62,15 +62,24 @@ def partition(model: ir.Model) -> list[Part]:
 
 
 def _stages(model: ir.Model) -> dict[ir.Node, int]:
-    """-1 before the layers, the layer's number inside one, the number of layers behind them."""
+    """-1 before the layers, the layer's number inside one, the number of layers behind them.
+
+    A node that reads nothing but weights (a transposed table, 1 + w) belongs to its first reader.
+    """
     numbers = [int(match[1]) for node in model.graph if (match := LAYER.search(node.name or ""))]
     behind = max(numbers) + 1
     stages: dict[ir.Node, int] = {}
+    constant = []
     for node in model.graph:
         match = LAYER.search(node.name or "")
+        if match is None and all(value is None or value.is_initializer() for value in node.inputs):
+            constant.append(node)
+            continue
         producers = [value.producer() for value in node.inputs if value is not None]
-        before = max((stages[producer] for producer in producers if producer is not None), default=-1)
+        before = max((stages.get(producer, -1) for producer in producers if producer is not None), default=-1)
         stages[node] = int(match[1]) if match else behind if before >= 0 else -1
+    for node in reversed(constant):
+        stages[node] = min(stages[user] for user, _ in node.outputs[0].uses())
     return stages
 
 
@@ -98,14 +107,9 @@ def run_parts(
             yield part, known
             continue
         for start in range(0, token_ids.shape[1], POSITIONS_AT_ONCE):
-            piece = {name: _slice(known[name], start) for name in part.inputs}
+            piece = {name: known[name][:, start : start + POSITIONS_AT_ONCE] for name in part.inputs}
             (logits,) = session.run(["logits"], piece)
             yield part, {"logits": logits}
-
-
-def _slice(value: Array, start: int) -> Array:
-    """Positions [start, start + POSITIONS_AT_ONCE) of a stream [batch, sequence, n]; a gain (one axis) as it is."""
-    return value if value.ndim == 1 else value[:, start : start + POSITIONS_AT_ONCE]
 
 
 def _session(model: ir.Model, part: Part, known: dict[str, Array], threads: int) -> ort.InferenceSession:
