@@ -107,6 +107,8 @@ def _config(file: GgufFile) -> dict[str, Any]:
     config = {key: value for key, value in told.items() if key != "transformers_version" and not key.startswith("_")}
     if "token_embd.weight" in file.tensors:
         config["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{name}_token_id"] = _token_id(file, key)  # None where the class has a default of its own
     config["head_dim"] = _head_dim(file)
     config["rms_norm_eps"] = float(str(np.float32(config["rms_norm_eps"])))  # 1e-05, not its float32 in full
     config |= _biases(file, model_type)
@@ -175,14 +177,16 @@ def _biases(file: GgufFile, model_type: str) -> dict[str, bool]:
 
 def _generation(file: GgufFile) -> dict[str, Any]:
     """Token ids that begin, end and pad a text. The end of a turn (eot, eom) ends one too, as it does in llama.cpp."""
-    ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding")}
-    ends = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    found: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}
-    if ids["bos"] is not None:
-        found["bos_token_id"] = ids["bos"]
-    if ids["padding"] is not None:
-        found["pad_token_id"] = ids["padding"]
-    return found
+    ends = [end for name in ("eos", "eot", "eom") if (end := _token_id(file, name)) is not None]
+    ids = {"bos_token_id": _token_id(file, "bos"), "pad_token_id": _token_id(file, "padding")}
+    return {"eos_token_id": list(dict.fromkeys(ends)), **{name: id_ for name, id_ in ids.items() if id_ is not None}}
+
+
+def _token_id(file: GgufFile, name: str) -> int | None:
+    """A special token's id, if the GGUF names one that the embedding has (a padding token may lie outside of it)."""
+    found = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    table = file.tensors.get("token_embd.weight")
+    return found if isinstance(found, int) and table is not None and 0 <= found < table.shape[0] else None
 
 
 def _tokenizer(file: GgufFile, target: Path) -> None:

@@ -164,7 +164,9 @@ def named_tensors(file: GgufFile, model_type: str) -> dict[str, GgufTensor]:
     Raises UnsupportedModelError for an architecture that has no name map, CheckpointError for senseless head counts.
     """
     family = family_of(model_type)
-    layers = int(file.get("block_count", 0))
+    layers = file.get("block_count")
+    if not isinstance(layers, int) or not 0 < layers <= len(file.tensors):
+        raise _damaged(file.path, f"it says that {len(file.tensors)} tensors make {layers} layers")
     paths = [*{linear.path for linear in family.linears}, *NORMS]
     names = _name_map(file, layers)
     known: dict[str, str] = {}
