@@ -178,7 +178,9 @@ def _shards(directory: Path) -> dict[Path, set[str]]:
 
 def _indexed_shards(index: Path) -> dict[Path, set[str]]:
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if not isinstance(weight_map, dict) or not all(file and isinstance(file, str) for file in weight_map.values()):
+            raise TypeError("weight_map does not give a file for every tensor")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index: {error}", hint="download it again") from error
     shards: dict[Path, set[str]] = {}

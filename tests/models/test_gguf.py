@@ -145,6 +145,13 @@ def test_weights_of_the_engine_are_those_of_the_safetensors(llama: Path, tmp_pat
     assert weights[0] == weights[1]
 
 
+def test_token_ids_are_those_of_the_file_alone(tiny_model: MakeTiny, tmp_path: Path) -> None:
+    """Not the defaults of the config's class, and none that the embedding lacks."""
+    extra = {"tokenizer.ggml.padding_token_id": 96, "tokenizer.ggml.bos_token_id": 95}
+    config = read_config(write_gguf(tiny_model("phi3"), tmp_path / "model.gguf", extra=extra))
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [95, None, None]
+
+
 def test_the_pre_tokenizer_of_smollm_splits_digits(llama: Path, tmp_path: Path) -> None:
     def ids(pre: str) -> list[int]:
         directory = model_directory(write_gguf(llama, tmp_path / f"{pre}.gguf", pre=pre))
