@@ -20,7 +20,8 @@ from rqc.compiler.sizes import block_bytes
 from rqc.compiler.targets.onnx import activations, packing
 from rqc.compiler.text import calibration_text, read_text, windows
 from rqc.models.rotation import Rotation
-from rqc.passes.lower import RemoveDeadParts, TransposeInKernel
+from rqc.passes.cleanup import RemoveDeadParts
+from rqc.passes.transpose import TransposeInKernel
 
 TOKENS = 2048
 MARGIN = 1.01

@@ -9,8 +9,9 @@ from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
 from rqc.passes.base import Pass
 from rqc.passes.norms import FuseNormGains
-from rqc.passes.quantize import QuantizeLinears, QuantizeTables, table_grid
+from rqc.passes.quantize import QuantizeLinears
 from rqc.passes.rotate import Rotate
+from rqc.passes.tables import QuantizeTables, table_grid
 from rqc.passes.ties import Untie
 
 

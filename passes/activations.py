@@ -8,23 +8,6 @@ import onnx_ir as ir
 from rqc.models.description import HEAD
 from rqc.passes.base import LINEAR, Pass, initializer, insert_before, linears
 
-ACCURACY_INT8 = 4
-
-
-class Int8Accumulation(Pass):
-    """x ← round(x / s) s with s = absmax/127 per token and block of the weight: MatMulNBits' own int8 kernel
-    (accuracy_level 4)."""
-
-    exact = False
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
-        for node in model.graph:
-            if node.op_type == "MatMulNBits" and node.attributes["accuracy_level"].as_int() != ACCURACY_INT8:
-                node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", ACCURACY_INT8)
-                modified = True
-        return ir.passes.PassResult(model, modified=modified)
-
 
 class QuantizeActivations(Pass):
     """x ← s · clamp(round(x / s)) with s = absmax / (2^(b−1) − 1) per token, in front of every quantized linear but the

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from rqc.compiler.recipe import Recipe
 from rqc.models.description import Description
-from rqc.passes.activations import Int8Accumulation, QuantizeActivations
+from rqc.passes.accumulation import Int8Accumulation
+from rqc.passes.activations import QuantizeActivations
 from rqc.passes.attention import FuseGroupQueryAttention
 from rqc.passes.base import Pass
-from rqc.passes.lower import (
-    FuseSkipNorm,
-    RemoveDeadParts,
-    SelectPositions,
-    StampOpset,
-    StoreHalf,
-    TransposeInKernel,
-)
+from rqc.passes.cleanup import RemoveDeadParts
+from rqc.passes.half import StoreHalf
 from rqc.passes.nibbles import SplitNibbles
+from rqc.passes.opset import StampOpset
 from rqc.passes.pack import PackBlocks
 from rqc.passes.pack_projections import PackProjections
+from rqc.passes.positions import SelectPositions
+from rqc.passes.skip_norm import FuseSkipNorm
+from rqc.passes.transpose import TransposeInKernel
 
 
 def packing(recipe: Recipe, description: Description) -> list[Pass]:

@@ -22,7 +22,7 @@ from rqc.compiler.recipe import Recipe
 from rqc.compiler.verify import ParityReport, verify_engine
 from rqc.models import quantized as lazy_quantized
 from rqc.models.packing import Quantized
-from rqc.passes.activations import Int8Accumulation
+from rqc.passes.accumulation import Int8Accumulation
 from rqc.passes.rotate import Rotate
 from rqc.runtime.errors import BasisMismatchError, InputError
 

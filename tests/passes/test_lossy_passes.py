@@ -19,7 +19,7 @@ from rqc.compiler.probe import drift, run_stage
 from rqc.compiler.recipe import Recipe
 from rqc.models.rotation import Rotation
 from rqc.passes.base import LINEAR, Pass
-from rqc.passes.lower import FuseSkipNorm
+from rqc.passes.skip_norm import FuseSkipNorm
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import PassError
 

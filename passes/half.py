@@ -1,0 +1,46 @@
+"""Store float weights as fp16."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from rqc.models.weights import Weight
+from rqc.passes.base import WEIGHT, Pass, insert_before, weight_of
+
+
+class StoreHalf(Pass):
+    """W ← fp16(W), cast back to float32 in front of its reader: half the file, float32 arithmetic."""
+
+    exact = False
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for name, value in list(model.graph.initializers.items()):
+            weight = weight_of(value)
+            if weight is None or len(weight.shape) < 2:
+                continue
+            half = ir.Value(name=f"{name}.half", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16))
+            half.const_value = _half(weight, half.name)
+            model.graph.register_initializer(half)
+            cast = ir.node("Cast", [half], attributes={"to": ir.DataType.FLOAT.value}, name=f"{name}/Cast")
+            cast.outputs[0].name, cast.outputs[0].shape = f"{name}.float", value.shape
+            cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+            users = list(value.uses())
+            insert_before(min((user for user, _ in users), key=list(model.graph).index), [cast])
+            for user, index in users:
+                user.replace_input_with(index, cast.outputs[0])
+            del model.graph.initializers[name]
+            modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _half(weight: Weight, name: str | None) -> ir.LazyTensor:
+    tensor = ir.LazyTensor(
+        lambda: ir.Tensor(weight.float32().astype(np.float16)),
+        dtype=ir.DataType.FLOAT16,
+        shape=ir.Shape(weight.shape),
+        name=name,
+    )
+    tensor.meta[WEIGHT] = weight
+    return tensor
