@@ -55,12 +55,13 @@ def config(model: Path) -> dict[str, Any]:
     return found
 
 
-def engine(model: Path, work: Path, scheme: Scheme, rotate: str) -> Contender:
-    """The engine with these rotations, compiled anew: the compiler is what may have changed."""
+def engine(model: Path, work: Path, scheme: Scheme, rotate: str, *, reuse: bool) -> Contender:
+    """The engine with these rotations, compiled anew unless an earlier one is to be used again."""
     name = "rqc" if rotate == "none" else f"rqc {rotate}"
-    target = work / f"{model.name}-{rotate.replace(',', '')}.plan"
-    rqc = [sys.executable, "-c", "from rqc.compiler.cli import main; raise SystemExit(main())"]
-    _run([*rqc, "compile", model, "-o", target, "--rotate", rotate, *scheme.flags])
+    target = work / f"{model.name}-{scheme.group}-{scheme.table_bits}-{rotate.replace(',', '')}.plan"
+    if not (reuse and target.is_file()):
+        rqc = [sys.executable, "-c", "from rqc.compiler.cli import main; raise SystemExit(main())"]
+        _run([*rqc, "compile", model, "-o", target, "--rotate", rotate, *scheme.flags])
     note = f"rqc's loop; w4a8, symmetric groups of {scheme.group}, {scheme.table_bits}-bit embedding and head"
     return Contender(name, "rqc", target, Path(sys.executable), f"{note}, rotation {rotate}")
 
