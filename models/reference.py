@@ -10,25 +10,23 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from rqc.models.algebra import apply_folds, folded_norms, norm_folds, rotation_folds
-from rqc.models.checkpoint import Checkpoint, read_config
+from rqc.models.checkpoint import Checkpoint, model_directory, read_config
 from rqc.models.description import EMBEDDING, HEAD, Architecture, Description, segments
 from rqc.models.families import FFN, family_of
 from rqc.models.rotation import Orthogonal, Rotation
-from rqc.runtime.errors import CheckpointError
+from rqc.models.torch_model import load_torch_model
 
 
 @dataclass(frozen=True)
@@ -67,25 +65,14 @@ class Reference:
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Reference:
-        """The model of a Hugging Face directory, computed in float32.
+        """The model of a directory (or GGUF file), computed in float32.
 
-        Raises CheckpointError for a directory that is incomplete, damaged or pickled, UnsupportedModelError for an
-        unknown family.
+        Raises CheckpointError for one that is incomplete, damaged or pickled, UnsupportedModelError for an unknown
+        family.
         """
-        config = read_config(model_dir)
-        family_of(str(config.get("model_type")))
+        family_of(str(read_config(model_directory(model_dir)).get("model_type")))
         Checkpoint.open(model_dir)
-        attention = "eager" if config.get("attn_logit_softcapping") else "sdpa"  # which has no cap on the scores
-        with _quiet():
-            try:
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    model_dir, dtype=torch.float32, attn_implementation=attention, local_files_only=True
-                )
-            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"transformers cannot load {model_dir}: {error}", hint="download it again"
-                ) from error
-        return cls(model)
+        return cls(load_torch_model(model_dir))
 
     @torch.inference_mode()
     def logits(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -239,15 +226,3 @@ def _parts(model: nn.Module, architecture: Architecture) -> Iterator[tuple[str, 
                 yield f"{match[1]}{path}.weight", Part(module, rows)
         else:
             yield f"{name}.weight", Part(module, slice(0, weight.shape[0]))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars: rqc reports its own progress."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
