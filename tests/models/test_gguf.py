@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
+from rqc.compiler.verify import verify_engine
 from rqc.models.checkpoint import Checkpoint, model_directory, read_config
 from rqc.models.gguf_source import GgufTensor, read_gguf
 from rqc.models.torch_model import load_torch_model
@@ -143,6 +144,14 @@ def test_weights_of_the_engine_are_those_of_the_safetensors(llama: Path, tmp_pat
         with EngineFile.open(str(report.engine)) as engine:
             weights.append(engine.manifest["entries"]["weights.bin"]["sha256"])
     assert weights[0] == weights[1]
+
+
+def test_an_engine_is_verified_against_the_gguf_that_it_came_from(llama: Path, tmp_path: Path) -> None:
+    model = write_gguf(llama, tmp_path / "model.gguf", KINDS.Q8_0).parent
+    compile_engine(model, tmp_path / "engine.plan", scheme="w4a16", rotate="r1,r4")
+    ids = [int(token) for token in np.random.default_rng(0).integers(0, 260, 64)]
+    report = verify_engine(tmp_path / "engine.plan", model, token_ids=ids, tokens=64, gates={"ppl_ratio": 1e9})
+    assert report.passed
 
 
 def test_token_ids_are_those_of_the_file_alone(tiny_model: MakeTiny, tmp_path: Path) -> None:
