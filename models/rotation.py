@@ -24,6 +24,7 @@ Array = npt.NDArray[np.float64]
 
 SITES = ("r1", "r2", "r3", "r4")
 KINDS = ("full", "block")
+_CHUNK = 1 << 20  # elements that a fold mixes at a time: 8 MiB of float64
 LARGEST_BLOCK = 256  # 16 x 16: entries 1/4, exact in any float; the kernels that exist for GPUs take blocks up to 1024
 
 
@@ -78,14 +79,30 @@ class Orthogonal:
             raise RotationError(f"a rotation of order {self.n} met shape {y.shape}", hint="the last axis is rotated")
         return y
 
-    def _mix(self, x: Array, factors: Iterable[Array]) -> Array:
-        """x (I kron F_1 kron F_2 ...), factor by factor: X [a, right] becomes F^T X; right is 1 for the last."""
-        right, y = self.n // self.repeat, x
-        for factor in factors:
-            order = len(factor)
-            right //= order
-            y = y.reshape(-1, order) @ factor if right == 1 else factor.T @ y.reshape(-1, order, right)
-        return y.reshape(x.shape)
+    def _mix(self, x: Array, factors: Sequence[Array]) -> Array:
+        """x (I kron F_1 kron F_2 ...), in pieces that stay in the cache."""
+        block = self.n // self.repeat
+        flat = x.reshape(-1, block)
+        out = np.empty_like(flat)
+        step = max(1, _CHUNK // block)
+        for start in range(0, len(flat), step):
+            out[start : start + step] = _mixed(flat[start : start + step], factors)
+        return out.reshape(x.shape)
+
+
+def _mixed(x: Array, factors: Sequence[Array]) -> Array:
+    """x (F_1 kron F_2 ...) for x [m, n]: X [a, right] becomes F^T X, one matmul over all columns; right ends at 1."""
+    rows, right = x.shape
+    y = x
+    for factor in factors:
+        order = len(factor)
+        right //= order
+        if right == 1:
+            y = y.reshape(-1, order) @ factor
+        else:
+            columns = y.reshape(-1, order, right).transpose(0, 2, 1).reshape(-1, order)
+            y = (columns @ factor).reshape(-1, right, order).transpose(0, 2, 1)
+    return y.reshape(rows, -1)
 
 
 @dataclass(frozen=True)
