@@ -11,11 +11,14 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from rqc.compiler.rope import exact_rope
+from rqc.compiler.variants import heeded
 from rqc.compiler.windows import add_sliding_windows
 from rqc.models.checkpoint import Checkpoint, read_config
 from rqc.models.description import EMBEDDING, HEAD, Architecture, Description, require_claim, segments
@@ -27,6 +30,7 @@ from rqc.runtime.errors import CheckpointError, UnsupportedModelError
 PROVIDER = "rqc"
 DERIVED = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 """Buffers of old checkpoints that follow from the config."""
+ROWS_COMPARED = 2048
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,12 @@ def import_model(model_dir: str | Path) -> Imported:
     raw = read_config(model_dir)
     family = family_of(str(raw.get("model_type")))
     checkpoint = Checkpoint.open(model_dir)
-    config = _full_config(checkpoint.directory)
+    settings = heeded(_full_config(checkpoint.directory))
+    settings.tie_word_embeddings = settings.tie_word_embeddings and not _has_own_head(checkpoint)
+    config = settings.to_dict()
     architecture = _architecture(config)
-    model = _skeleton(checkpoint.directory)
+    model = _skeleton(settings)
+    exact_rope(model, settings, architecture)
     description = Description.of(architecture, model.graph.initializers)
     _add_dropped_biases(model, description, checkpoint)
     _attach_weights(model, description, checkpoint, family)
@@ -62,14 +69,25 @@ def import_model(model_dir: str | Path) -> Imported:
     return Imported(model, description, checkpoint, config)
 
 
-def _full_config(model_dir: Path) -> dict[str, Any]:
+def _full_config(model_dir: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(model_dir, local_files_only=True).to_dict()
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except Exception as error:  # validators of config classes raise what they like, ZeroDivisionError included
         raise CheckpointError(f"config.json of {model_dir} is not usable: {error}", hint="download it again") from error
-    return config
+
+
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint stores a head that is not the embedding: transformers then ties nothing, whatever
+    config.json says. Both tables are read, in pieces, only where both are stored."""
+    if HEAD not in checkpoint or EMBEDDING not in checkpoint:
+        return False
+    shape = checkpoint.info(HEAD).shape
+    if shape != checkpoint.info(EMBEDDING).shape:
+        return True
+    pieces = ((start, start + ROWS_COMPARED) for start in range(0, shape[0], ROWS_COMPARED))
+    return any(not np.array_equal(checkpoint.read(HEAD, *rows), checkpoint.read(EMBEDDING, *rows)) for rows in pieces)
 
 
 def _architecture(config: dict[str, Any]) -> Architecture:
@@ -79,15 +97,20 @@ def _architecture(config: dict[str, Any]) -> Architecture:
         raise CheckpointError(f"config.json lacks {error}", hint="download it again") from error
 
 
-def _skeleton(model_dir: Path) -> ir.Model:
+def _skeleton(config: Any) -> ir.Model:
+    """The importer's graph for a transformers config; no weight is looked at."""
     import mobius
 
     logging.getLogger("mobius").setLevel(logging.ERROR)  # what it warns of (dropped windows) is put right below
     capabilities = mobius.EpCapabilities(name=PROVIDER, supports_skip_layer_norm=False)
     mobius.register_ep(capabilities, overwrite=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), TemporaryDirectory() as directory:
         warnings.simplefilter("ignore")
-        package = mobius.build(str(model_dir), execution_provider=PROVIDER, load_weights=False, dtype="f32")
+        config.save_pretrained(directory)
+        try:
+            package = mobius.build(directory, execution_provider=PROVIDER, load_weights=False, dtype="f32")
+        except Exception as error:  # of whatever kind: a setting that the importer does not take
+            raise UnsupportedModelError(f"the importer cannot build this {config.model_type}: {error}") from error
     model: ir.Model = package["model"]
     model.graph.name = "model"  # by default the directory, which is not to be part of an engine
     foreign = sorted({node.domain for node in model.graph if node.domain})
@@ -158,7 +181,9 @@ def _attach_weights(model: ir.Model, description: Description, checkpoint: Check
         source, start, packed = _source(name, description, checkpoint, family)
         stored = checkpoint.info(source).shape
         shape = sizes(value)
-        if stored[1:] != shape[1:] or start + shape[0] > stored[0] or (not packed and stored != shape):
+        whole = stored == shape
+        part = packed and stored[1:] == shape[1:] and start + shape[0] <= stored[0]
+        if not whole and not part:
             raise CheckpointError(
                 f"tensor {source!r} has shape {list(stored)}, config.json asks for {list(shape)}",
                 hint="config.json and weights are of different models; download both again",
@@ -169,7 +194,7 @@ def _attach_weights(model: ir.Model, description: Description, checkpoint: Check
 def _source(name: str, description: Description, checkpoint: Checkpoint, family: Family) -> tuple[str, int, bool]:
     """The checkpoint tensor behind a graph parameter, its first row there, and whether it is part of a packed
     tensor."""
-    if name == HEAD and name not in checkpoint and description.architecture.tied:
+    if name == HEAD and description.architecture.tied:  # a stored copy is the same table
         return EMBEDDING, 0, False
     claim = description.by_weight.get(name)
     if name in checkpoint or claim is None:

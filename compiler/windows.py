@@ -17,8 +17,8 @@ WINDOW = "rqc.window"
 
 def layer_windows(config: dict[str, Any], architecture: Architecture) -> list[int | None]:
     """The window of each layer as transformers applies it, None where attention reaches the whole past."""
-    window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
+    window = config.get("sliding_window")  # transformers clears it where use_sliding_window is off and heeded
+    if not window:
         return [None] * architecture.layers
     types = config.get("layer_types")
     if types:

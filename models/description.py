@@ -46,7 +46,7 @@ class Architecture:
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocab_size=config["vocab_size"],
-            context_length=config["max_position_embeddings"],
+            context_length=_context_length(config),
             tied=bool(config.get("tie_word_embeddings")),
             experts=experts,
             expert_size=(config.get("moe_intermediate_size") or config["intermediate_size"]) if experts else 0,
@@ -128,6 +128,15 @@ class Description:
     def ffn_sizes(self) -> tuple[int, ...]:
         """The distinct input sizes of the down projections (experts may differ from dense layers)."""
         return tuple(sorted({self.shape(claim)[1] for claim in self.claims if claim.linear.reads == FFN}))
+
+
+def _context_length(config: Mapping[str, Any]) -> int:
+    """Positions for which one set of RoPE frequencies holds: longrope changes them beyond the original context."""
+    longest = int(config["max_position_embeddings"])
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        return min(longest, int(rope["original_max_position_embeddings"]))
+    return longest
 
 
 def segments(writes: tuple[str, ...], sizes: Mapping[str, int]) -> dict[str, slice]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,9 @@ class Reference:
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         unpack_experts(model)
-        architecture = Architecture.from_config(self.model.config.to_dict())
+        # A checkpoint may store a head of its own where config.json ties it: what counts is what transformers made.
+        tied = self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+        architecture = replace(Architecture.from_config(self.model.config.to_dict()), tied=tied)
         self.parts = dict(_parts(model, architecture))
         self.description = Description.of(architecture, self.parts)
 

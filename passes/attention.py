@@ -115,9 +115,10 @@ def _rope_inside(
 
 
 def _table(value: ir.Value | None) -> ir.Value | None:
-    """The whole cos or sin table behind its Gather by position."""
+    """The whole cos or sin table behind its Gather, if that is by the position itself, as the kernel looks it up."""
     producer = value.producer() if value is not None else None
-    if producer is None or producer.op_type != "Gather":
+    index = producer.inputs[1] if producer is not None and producer.op_type == "Gather" else None
+    if producer is None or index is None or index.name != "position_ids" or not index.is_graph_input():
         return None
     table = producer.inputs[0]
     return table if table is not None and table.is_initializer() else None
