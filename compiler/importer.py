@@ -60,6 +60,8 @@ def import_model(model_dir: str | Path) -> Imported:
     exact_rope(model, settings, architecture)
     description = Description.of(architecture, model.graph.initializers)
     _add_dropped_biases(model, description, checkpoint)
+    if architecture.tied:
+        _tie(model)
     _attach_weights(model, description, checkpoint, family)
     _mark_linears(model, description)
     _exact_embedding_scale(model, architecture)
@@ -172,6 +174,14 @@ def _check_all_used(model: ir.Model, checkpoint: Checkpoint, architecture: Archi
             )
 
 
+def _tie(model: ir.Model) -> None:
+    """Let the head read the embedding's table where the graph gives it a parameter of its own: stored once."""
+    head = model.graph.initializers.pop(HEAD, None)
+    users = [] if head is None else list(head.uses())
+    for user, index in users:
+        user.replace_input_with(index, model.graph.initializers[EMBEDDING])
+
+
 def _attach_weights(model: ir.Model, description: Description, checkpoint: Checkpoint, family: Family) -> None:
     """Give every initializer that the skeleton left empty its lazy weight, with shapes checked against the
     checkpoint."""
@@ -194,8 +204,6 @@ def _attach_weights(model: ir.Model, description: Description, checkpoint: Check
 def _source(name: str, description: Description, checkpoint: Checkpoint, family: Family) -> tuple[str, int, bool]:
     """The checkpoint tensor behind a graph parameter, its first row there, and whether it is part of a packed
     tensor."""
-    if name == HEAD and description.architecture.tied:  # a stored copy is the same table
-        return EMBEDDING, 0, False
     claim = description.by_weight.get(name)
     if name in checkpoint or claim is None:
         return name, 0, False

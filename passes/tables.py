@@ -35,8 +35,6 @@ class QuantizeTables(Pass):
             weight = weight_of(value)
             if value is None or weight is None or grid is None or (tied and name == HEAD):
                 continue
-            if tied and HEAD in model.graph.initializers:
-                _join(model, value)
             dequantize_before_use(model, value, LazyQuantized((weight,), grid))
             modified = True
         return ir.passes.PassResult(model, modified=modified)
@@ -53,10 +51,3 @@ def table_grid(bits: int, hidden_size: int, group_size: int, symmetric: bool, cl
         if block <= wanted and hidden_size % block == 0:
             return Grid(bits, block, symmetric, "mse" if clip == "mse" else "none")
     return None
-
-
-def _join(model: ir.Model, embedding: ir.Value) -> None:
-    """Let the head read the embedding's table, where the importer gave it a name of its own."""
-    head = model.graph.initializers.pop(HEAD)
-    for user, index in list(head.uses()):
-        user.replace_input_with(index, embedding)

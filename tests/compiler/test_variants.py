@@ -203,3 +203,13 @@ def test_a_stored_head_beside_tied_embeddings(name: str, own: bool, tiny_model: 
     assert_same(directory, tmp_path / "engine.plan", IDS, "r1,r2,r4")
     compile_engine(directory, tmp_path / "engine.plan", scheme="w4a16", rotate="r1,r2,r4")
     assert verify_engine(tmp_path / "engine.plan", directory, token_ids=IDS, tokens=60).passed
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma", "gemma2", "gemma3", "granite", "olmo2", "phi3", "qwen2"])
+@pytest.mark.parametrize("scheme", ["fp32", "fp16", "w4a16"])
+def test_tied_tables_are_stored_once(name: str, scheme: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model(name, tie_word_embeddings=True, vocab_size=1024)
+    kept = compile_engine(directory, tmp_path / "kept.plan", scheme=scheme, rotate="none")
+    split = compile_engine(directory, tmp_path / "split.plan", scheme=scheme, rotate="none", tied="untie")
+    width = {"fp32": 4, "fp16": 2, "w4a16": 1}[scheme]
+    assert split.size_bytes - kept.size_bytes > 0.9 * 1024 * 96 * width
