@@ -32,11 +32,26 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'rqc' has no attribute {name!r}")
     module, path = _HOMES[name]
+    if module.startswith("rqc.compiler") and not _can_compile():
+        return _refuse
     value: Any = import_module(module)
     for part in path.split("."):
         value = getattr(value, part)
     globals()[name] = value
     return value
+
+
+def _can_compile() -> bool:
+    from rqc.runtime.doctor import can_compile
+
+    return can_compile()
+
+
+def _refuse(*_arguments: Any, **_options: Any) -> None:
+    """What the compiler's names are where its packages are not installed. Raises ResourceError."""
+    from rqc.runtime.doctor import require_compile
+
+    require_compile()
 
 
 def __dir__() -> list[str]:

@@ -30,6 +30,11 @@ def missing(packages: Iterable[str]) -> list[str]:
     return [name for name in packages if importlib.util.find_spec(_MODULES.get(name, name)) is None]
 
 
+def can_compile() -> bool:
+    """Whether the extra `compile` is installed on a Python that it runs on."""
+    return sys.version_info >= (3, 11) and not missing(COMPILE)
+
+
 def require_compile() -> None:
     """Raise ResourceError, naming what is missing, where the extra `compile` is not installed."""
     if sys.version_info < (3, 11):
@@ -57,7 +62,7 @@ def diagnose() -> dict[str, Any]:
         "packages": {name: version(name) for name in (*BASE, *COMPILE)},
         "providers": _providers(),
         "run": {"onnx": not missing(BASE)},
-        "compile": {"onnx": sys.version_info >= (3, 11) and not missing(COMPILE)},
+        "compile": {"onnx": can_compile()},
         "missing": missing((*BASE, *COMPILE)),
     }
 

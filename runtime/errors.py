@@ -8,19 +8,25 @@ class RqcError(Exception):
     `exit_code`."""
 
     exit_code = 2
+    way_out = "rqc --help"
+    """The hint of errors that have no better one."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.way_out
 
 
 class UnsupportedModelError(RqcError):
     """The model's architecture, or a part of it, is one that rqc cannot compile exactly."""
 
+    way_out = "rqc compiles only what it can compile exactly: choose another model"
+
 
 class CheckpointError(RqcError):
     """The model directory is incomplete, damaged or in a form that is not read."""
+
+    way_out = "download the model again"
 
 
 class BasisMismatchError(RqcError):
@@ -34,6 +40,8 @@ class SchemeError(RqcError):
 class RotationError(RqcError):
     """A rotation that is unknown or would change the model's function."""
 
+    way_out = "rotate less, or --rotate none"
+
 
 class TargetError(RqcError):
     """The target cannot run what was asked for."""
@@ -42,9 +50,13 @@ class TargetError(RqcError):
 class EngineFormatError(RqcError):
     """A file is not an engine, is damaged, or is of a newer format."""
 
+    way_out = "copy or compile the engine again"
+
 
 class InputError(RqcError):
     """A prompt, token id, option or data file that cannot be used."""
+
+    way_out = "see the command's --help"
 
 
 class ResourceError(RqcError):
@@ -60,4 +72,5 @@ class ParityError(RqcError):
 class PassError(RqcError):
     """A graph pass that claims to be exact changed the function of the graph."""
 
+    way_out = "this is a fault of rqc: please report it with the model's config.json"
     exit_code = 1
