@@ -4,12 +4,10 @@ one."""
 from __future__ import annotations
 
 import resource
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from rqc.compiler.calibrate import perplexity
 from rqc.compiler.importer import Imported, import_model
@@ -18,10 +16,11 @@ from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import block_bytes
 from rqc.compiler.targets.onnx import activations, packing
-from rqc.compiler.text import calibration_text, read_text, windows
+from rqc.compiler.text import calibration_text, read_text, read_tokenizer, windows
 from rqc.models.rotation import Rotation
 from rqc.passes.cleanup import RemoveDeadParts
 from rqc.passes.transpose import TransposeInKernel
+from rqc.runtime.errors import CheckpointError
 
 TOKENS = 2048
 MARGIN = 1.01
@@ -76,11 +75,17 @@ def _score(recipe: Recipe, imported: Imported, rotation: Rotation, ids: NDArray[
 
 def calibration_ids(recipe: Recipe, imported: Imported, tokens: int = TOKENS) -> NDArray[np.int64] | None:
     """At most `tokens` token ids of the calibration text as windows [count, length]; None without a tokenizer."""
-    path: Path = imported.checkpoint.directory / "tokenizer.json"
-    if not path.is_file():
+    tokenizer = read_tokenizer(imported.checkpoint.directory)
+    if tokenizer is None:
         return None
     text = calibration_text() if recipe.calibration is None else read_text(recipe.calibration)
-    ids = Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    vocabulary = imported.description.architecture.vocab_size
+    if max(ids, default=0) >= vocabulary:
+        raise CheckpointError(
+            f"{imported.checkpoint.directory}: tokenizer.json gives token {max(ids)}, the vocabulary has {vocabulary}",
+            hint="tokenizer and weights are of different models; download both again",
+        )
     length = min(recipe.calibration_length, imported.description.architecture.context_length, tokens)
     cut = windows(ids, length, max(1, min(recipe.calibration_samples, tokens // length)))
     return np.asarray(cut, np.int64)

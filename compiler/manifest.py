@@ -13,12 +13,15 @@ import onnx_ir as ir
 
 from rqc.compiler.importer import Imported
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.text import read_tokenizer
 from rqc.models.algebra import dimensions
 from rqc.models.description import EMBEDDING, HEAD
+from rqc.models.json_files import read_object
 from rqc.models.quantized import LazyQuantized
 from rqc.models.rotation import Rotation
 from rqc.models.weights import Weight
 from rqc.passes.base import LINEAR, ONLINE, QUANTIZED, STORAGE, WEIGHT
+from rqc.runtime.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 OTHER_FILES = ("config.json", "generation_config.json")
@@ -151,9 +154,15 @@ def generation(imported: Imported) -> dict[str, Any]:
     eos = config.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     bos, pad = config.get("bos_token_id"), config.get("pad_token_id")
+    for token in [*ids, *(token for token in (bos, pad) if token is not None)]:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise CheckpointError(
+                f"{imported.checkpoint.directory}: {str(token)[:40]!r} stands where a special token's id belongs",
+                hint="correct eos_token_id, bos_token_id or pad_token_id in generation_config.json and config.json",
+            )
     tokenizer = _json(imported.checkpoint.directory / "tokenizer_config.json")
     return {
-        "eos_token_ids": [int(token) for token in ids],
+        "eos_token_ids": ids,
         "bos_token_id": bos,
         "pad_token_id": pad,
         "add_bos": bool(tokenizer.get("add_bos_token")) and not _adds_bos(imported.checkpoint.directory, bos),
@@ -162,12 +171,23 @@ def generation(imported: Imported) -> dict[str, Any]:
 
 def _adds_bos(directory: Path, bos: int | None) -> bool:
     """Whether tokenizer.json puts the beginning-of-text token in by itself."""
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return False
-    from tokenizers import Tokenizer
+    tokenizer = read_tokenizer(directory)
+    return tokenizer is not None and bool(tokenizer.encode("a").ids[:1] == [bos])
 
-    return bool(Tokenizer.from_file(str(path)).encode("a").ids[:1] == [bos])
+
+def check_files(imported: Imported) -> None:
+    """Raise CheckpointError for a tokenizer or settings beside the weights that no engine could use."""
+    directory = imported.checkpoint.directory
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        _json(directory / name)
+    template = directory / "chat_template.jinja"
+    try:
+        if template.is_file():
+            template.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{template} is not UTF-8: {error}", hint="download it again") from error
+    read_tokenizer(directory)
+    generation(imported)
 
 
 def engine_files(imported: Imported, report: dict[str, Any]) -> dict[str, bytes]:
@@ -198,7 +218,4 @@ def _converted_tokenizer(directory: Path) -> bytes | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    value = json.loads(path.read_text())
-    return value if isinstance(value, dict) else {}
+    return read_object(path) if path.is_file() else {}

@@ -15,9 +15,10 @@ from rqc.compiler.frames import Verdict, choose_frame
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
 from rqc.compiler.passlist import passes_of
-from rqc.compiler.plan import EngineSummary, write_engine
+from rqc.compiler.plan import EngineSummary, check_target, write_engine
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import Estimate, check_memory, estimate
+from rqc.compiler.text import read_text
 from rqc.models.quantized import forget
 from rqc.models.rotation import Rotation
 
@@ -70,8 +71,13 @@ def compile_model(
     """
     started = time.perf_counter()
     recipe = recipe or Recipe()
+    if output is not None:
+        check_target(output)  # before the minutes that it may take to choose a frame
+    if recipe.calibration is not None:
+        read_text(recipe.calibration)  # what is named must be sound, whether this frame is measured or given
     instruments = Instruments(verify_each, dump_ir, progress or Silent())
     imported = import_model(model_dir)
+    manifests.check_files(imported)
     rotation, verdict = _rotation(recipe, imported, instruments.progress, measure=not dry_run)
     model, description = imported.model, imported.description
     instruments.run(model, passes_of(recipe, description, rotation))

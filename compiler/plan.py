@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir
 
+from rqc.compiler.lazy_errors import own_errors
 from rqc.compiler.replace_file import Replacement, explained
 from rqc.runtime import zip_layout
 from rqc.runtime.container import EngineFile, check_path
@@ -67,8 +69,7 @@ def write_engine(
     Raises EngineFormatError if `path` is something else than an engine or the parts make no sound engine, InputError if
     `path` cannot be written, ResourceError if the disk is full; then, as on any exception, nothing is left behind.
     """
-    target = check_path(path)
-    _refuse_foreign(target)
+    target = check_target(path)
     contents = {name: bytes(files[name]) for name in files}
     if reserved := set(contents) & {MANIFEST, GRAPH, WEIGHTS}:
         raise EngineFormatError(f"{', '.join(sorted(reserved))} cannot be given as a file of an engine")
@@ -93,6 +94,20 @@ def write_engine(
         _refuse_foreign(target)
         new.commit()
     return EngineSummary(size, weight_bytes, sha256)
+
+
+def check_target(path: str | os.PathLike[str]) -> str:
+    """The real path of an engine that is to be written at `path`, before anything has been computed for it.
+
+    Raises InputError if none can lie there, EngineFormatError if something else does.
+    """
+    target = check_path(path)
+    _refuse_foreign(target)
+    with explained(target):
+        os.stat(os.path.join(os.path.dirname(target), ""))
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)  # a name that is too long shows
+    return target
 
 
 def _refuse_foreign(path: str) -> None:
@@ -144,7 +159,8 @@ def _serialize(model: onnx_ir.Model, external: Mapping[str, _Storage]) -> bytes:
                 )
             elif isinstance(tensor, onnx_ir.ExternalTensor):  # a small one, in a file of its own
                 value.const_value = onnx_ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
-        proto = onnx_ir.serde.serialize_model(model)
+        with own_errors():
+            proto = onnx_ir.serde.serialize_model(model)
     finally:
         for _, value, tensor in values:
             value.const_value = tensor

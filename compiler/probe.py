@@ -12,13 +12,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from rqc.compiler.lazy_errors import own_errors
+
 Logits = NDArray[np.float32]
 INLINE_LIMIT = 1024
 
 
 def save_stage(model: ir.Model, path: Path) -> None:
     """Write a stage as a runnable ONNX model, weights beside it in PATH.data; the stage keeps its lazy weights."""
-    ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=INLINE_LIMIT)
+    with own_errors():
+        ir.save(model, path, external_data=path.name + ".data", size_threshold_bytes=INLINE_LIMIT)
 
 
 def run_stage(model: ir.Model, token_ids: Sequence[int] | NDArray[np.int64], *, threads: int = 0) -> Logits:

@@ -6,6 +6,7 @@ A flag overrides the recipe file, which overrides the default. Keys of a file ar
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -146,7 +147,10 @@ def parse_size(text: str) -> int:
         raise InputError(f"{text!r} is no size", hint="a size is a number and a unit, such as 4GiB, 512MiB or 8GB")
     number, unit, binary = found.groups()
     power = "kmgt".index(unit.lower()) + 1 if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    size = float(number) * (1024 if binary else 1000) ** power
+    if size == math.inf:
+        raise InputError(f"{text[:40]!r} is no size", hint="a size such as 4GiB or 512MiB")
+    return int(size)
 
 
 def _parse(name: str, value: Any) -> Any:

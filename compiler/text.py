@@ -8,7 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rqc.runtime.errors import InputError
+from tokenizers import Tokenizer
+
+from rqc.runtime.errors import CheckpointError, InputError
 
 SUFFIXES = (".txt", ".json", ".jsonl")
 _FORMS = 'a record is a string, {"text": ...} or {"instruction": ..., "input": ..., "output": ...}'
@@ -44,6 +46,17 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise InputError(f"{path}: no text in the file", hint="name a file with some paragraphs of prose in it")
     return text
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer.json of a model directory, None where there is none. Raises CheckpointError if it is damaged."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{path} is no tokenizer: {error}", hint="download it again") from error
 
 
 def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:

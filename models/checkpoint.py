@@ -7,7 +7,6 @@ closed.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from rqc.models.gguf_files import directory_of, gguf_of, rope_is_scaled, scaled_rope
 from rqc.models.gguf_source import named_tensors, read_gguf
+from rqc.models.json_files import check_config, read_object
 from rqc.runtime.errors import CheckpointError, UnsupportedModelError
 
 GGUF = ".gguf"
@@ -178,10 +178,10 @@ def _shards(directory: Path) -> dict[Path, set[str]]:
 
 def _indexed_shards(index: Path) -> dict[Path, set[str]]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_object(index)["weight_map"]
         if not isinstance(weight_map, dict) or not all(file and isinstance(file, str) for file in weight_map.values()):
             raise TypeError("weight_map does not give a file for every tensor")
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not a safetensors index: {error}", hint="download it again") from error
     shards: dict[Path, set[str]] = {}
     for name, file in weight_map.items():
@@ -211,6 +211,8 @@ def _headers(shard: Path) -> Iterator[tuple[str, SafetensorsTensor]]:
 
 @contextmanager
 def _opened(shard: Path, framework: str) -> Iterator[Any]:
+    if shard.exists() and not shard.is_file():  # opening a named pipe would wait forever
+        raise CheckpointError(f"{shard} cannot be read: it is no regular file", hint="download it again")
     try:
         with safetensors.safe_open(shard, framework) as opened:
             yield opened
@@ -221,15 +223,12 @@ def _opened(shard: Path, framework: str) -> Iterator[Any]:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of a model directory. Raises CheckpointError when there is none or it is no JSON object."""
+    """config.json of a model directory. Raises CheckpointError when there is none, it is no JSON object, or what it
+    says can be true of no model."""
     directory = model_directory(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json", hint="give a Hugging Face model directory")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}", hint="download it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object", hint="download it again")
+    config = read_object(path)
+    check_config(config, path)
     return config

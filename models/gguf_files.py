@@ -17,6 +17,7 @@ import numpy as np
 
 from rqc.models.families import family_of
 from rqc.models.gguf_source import WAY_OUT, GgufFile, read_gguf
+from rqc.models.json_files import read_object
 from rqc.runtime.errors import CheckpointError, UnsupportedModelError
 
 MODEL_TYPES = {
@@ -84,11 +85,8 @@ def _full_config(path: Path) -> dict[str, Any] | None:
     """A config.json beside the GGUF, if it is one: some hold nothing but the model_type."""
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}", hint="download it again") from error
-    return config if isinstance(config, dict) and "num_hidden_layers" in config else None
+    config = read_object(path)
+    return config if "num_hidden_layers" in config else None
 
 
 def _config(file: GgufFile) -> dict[str, Any]:

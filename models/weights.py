@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rqc.models.algebra import Array, Fold, ScaleIn, apply_folds
 from rqc.models.checkpoint import Checkpoint
+from rqc.runtime.errors import CheckpointError
 
 CHUNK_BYTES = 64 << 20
 
@@ -58,9 +60,19 @@ class Weight:
         out = np.empty(self.shape, np.float32)
         first = 0
         for chunk in self.chunks():
-            out[first : first + len(chunk)] = chunk
+            with np.errstate(over="ignore"):  # told below
+                out[first : first + len(chunk)] = chunk
             first += len(chunk)
-        return out
+        return self.finite(out)
+
+    def finite(self, cast: NDArray[Any]) -> NDArray[Any]:
+        """`cast`, the weight in a narrower type. Raises CheckpointError where a value has become infinite in it."""
+        if not (np.isfinite(cast.min()) and np.isfinite(cast.max())):  # no second array of its size
+            raise CheckpointError(
+                f"{self.name} holds values beyond the range of {cast.dtype}",
+                hint="repair the checkpoint, or choose a scheme of wider floats",
+            )
+        return cast
 
     def _gain(self, norm: str) -> Array:
         return self.checkpoint.read(norm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from rqc.models.weights import Weight
 from rqc.passes.base import WEIGHT, Pass, insert_before, weight_of
@@ -37,10 +38,15 @@ class StoreHalf(Pass):
 
 def _half(weight: Weight, name: str | None) -> ir.LazyTensor:
     tensor = ir.LazyTensor(
-        lambda: ir.Tensor(weight.float32().astype(np.float16)),
+        lambda: ir.Tensor(_cast(weight)),
         dtype=ir.DataType.FLOAT16,
         shape=ir.Shape(weight.shape),
         name=name,
     )
     tensor.meta[WEIGHT] = weight
     return tensor
+
+
+def _cast(weight: Weight) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):  # told by `finite`
+        return weight.finite(weight.float32().astype(np.float16))
