@@ -14,6 +14,7 @@ import onnx_ir as ir
 from rqc.compiler.importer import Imported
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.text import read_tokenizer
+from rqc.compiler.widths import table_widths
 from rqc.models.algebra import dimensions
 from rqc.models.description import EMBEDDING, HEAD
 from rqc.models.json_files import read_object
@@ -34,6 +35,7 @@ def manifest_of(imported: Imported, model: ir.Model, recipe: Recipe, rotation: R
     parameters = parameter_count(imported)
     weight_bytes = stored_bytes(model)
     active = sorted(rotation.sites)
+    widths = table_widths(recipe, a)
     return {
         "target": recipe.target,
         "scheme": recipe.scheme.name,
@@ -48,8 +50,8 @@ def manifest_of(imported: Imported, model: ir.Model, recipe: Recipe, rotation: R
             "basis": rotation.basis(dimensions(imported.description)) if active else None,
         },
         "tied": recipe.tied if a.tied else None,
-        "embedding_bits": recipe.table_bits(tied=a.tied)[0],
-        "head_bits": recipe.table_bits(tied=a.tied)[1],
+        "embedding_bits": widths[EMBEDDING],
+        "head_bits": widths[HEAD],
         "adapter": None,
         "kv_cache": "float",
         "activations": activation_grid(recipe),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.targets.onnx import activations, lowering, packing
+from rqc.compiler.widths import table_widths
 from rqc.models.description import Description
 from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
@@ -41,7 +42,7 @@ def grids(recipe: Recipe, description: Description) -> list[Pass]:
     a = description.architecture
     embedding, head = (
         table_grid(bits, a.hidden_size, recipe.group_size, recipe.symmetric, recipe.clip) if bits < 16 else None
-        for bits in recipe.table_bits(tied=a.tied)
+        for bits in table_widths(recipe, a).values()
     )
     grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip)
     return [QuantizeLinears(description, grid), QuantizeTables(embedding, head)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -15,11 +17,25 @@ class StoreHalf(Pass):
 
     exact = False
 
+    def __init__(self, tables: Mapping[str, int], *, rest: bool) -> None:
+        """tables: the wanted bits of embedding and head by parameter name, 16 for those to store so; rest: whether all
+        other weights are stored so too."""
+        super().__init__()
+        self.tables = dict(tables)
+        self.rest = rest
+
+    @property
+    def detail(self) -> str:
+        """What is stored so."""
+        chosen = [name.split(".")[-2] for name, bits in self.tables.items() if bits == 16]
+        return ", ".join([*chosen, *(["all linears"] if self.rest else [])])
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for name, value in list(model.graph.initializers.items()):
             weight = weight_of(value)
-            if weight is None or len(weight.shape) < 2:
+            chosen = self.tables[name] == 16 if name in self.tables else self.rest
+            if weight is None or len(weight.shape) < 2 or not chosen:
                 continue
             half = ir.Value(name=f"{name}.half", shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT16))
             half.const_value = _half(weight, half.name)

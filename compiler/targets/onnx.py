@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.widths import table_widths
 from rqc.models.description import Description
 from rqc.passes.accumulation import Int8Accumulation
 from rqc.passes.activations import QuantizeActivations
@@ -20,11 +21,15 @@ from rqc.passes.transpose import TransposeInKernel
 
 
 def packing(recipe: Recipe, description: Description) -> list[Pass]:
-    """From DequantizeLinear to the kernels' own form. Float accumulation reads 8-bit codes as nibble planes."""
+    """From DequantizeLinear to the kernels' own form, floats to the width asked for. Float accumulation reads 8-bit
+    codes as nibble planes."""
+    widths = table_widths(recipe, description.architecture)
+    half = recipe.scheme.float_type == "float16"
+    floats: list[Pass] = [StoreHalf(widths, rest=half)] if half or 16 in widths.values() else []
     if not recipe.scheme.quantized:
-        return [StoreHalf()] if recipe.scheme.float_type == "float16" else []
+        return floats
     planes = [] if recipe.scheme.activation_bits == 8 else [SplitNibbles()]
-    return [PackBlocks(), PackProjections(description), *planes]
+    return [PackBlocks(), PackProjections(description), *planes, *floats]
 
 
 def lowering() -> list[Pass]:
