@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rqc.compiler.console import Steps, guarded, result_on_stdout, stream
+from rqc.compiler.console import Steps, guarded, open_standard_streams, result_on_stdout, stream
 from rqc.runtime import doctor as doctors
 from rqc.runtime.errors import InputError, ParityError
 
@@ -31,6 +31,7 @@ Threads = Annotated[int | None, typer.Option(help="Threads per operator; the phy
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point `rqc`: the exit code is 0 done, 1 a gate failed, 2 wrong usage or bad input."""
+    open_standard_streams()
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     command = f"rqc {args[0]}" if args[0] in _names() else "rqc"
     for output in (sys.stdout, sys.stderr):

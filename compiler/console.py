@@ -49,12 +49,32 @@ def guarded(call: Callable[[], object], *, as_json: bool, command: str) -> int:
 
 def _fail(kind: str, message: str, hint: str, code: int, as_json: bool) -> int:
     if as_json:
-        print(json.dumps({"error": {"type": kind, "message": message, "hint": hint}}))
-    sys.stdout.flush()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        _say(json.dumps({"error": {"type": kind, "message": message, "hint": hint}}), sys.stdout)
+    _say(f"error: {' '.join(message.split())}", sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        _say(f"hint: {hint}", sys.stderr)
     return code
+
+
+def _say(line: str, out: Any) -> None:
+    """Print a line of an error. Where nobody listens (a closed pipe, a full disk) the exit code has to say it."""
+    try:
+        print(line, file=out, flush=True)
+    except OSError:
+        _silence(out)
+
+
+def _silence(out: Any) -> None:
+    """Send what is still in the buffer nowhere: the interpreter flushes once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+
+
+def open_standard_streams() -> None:
+    """Put /dev/null where a standard stream was closed: the next file opened, an engine, would get its descriptor, and
+    whatever a library prints."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for good)
 
 
 @contextlib.contextmanager
@@ -85,7 +105,7 @@ def write(text: str, out: Any) -> None:
         out.write(text)
         out.flush()
     except BrokenPipeError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at exit
+        _silence(sys.stdout)
         raise typer.Exit(PIPE_CLOSED) from error
 
 

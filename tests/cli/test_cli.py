@@ -321,3 +321,24 @@ def test_library_chatter_does_not_reach_stdout(rqc, monkeypatch):
     monkeypatch.setattr(cli.doctors, "diagnose", chatty)
     done = rqc("doctor", "--json")
     assert done.value == {"error": {"type": "InputError", "message": "no", "hint": "way out"}}
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams(engine, model_dir, tmp_path, closed):
+    """Nothing that is printed lands in a file that took the place of a stream."""
+    rqc = f"{sys.executable} -c 'import sys; from rqc.compiler.cli import main; sys.exit(main())'"
+    path = tmp_path / "e.plan"
+    for command in (f"compile {model_dir} -o {path} --rotate none", f"inspect --check {path}"):
+        done = subprocess.run(["bash", "-c", f"{rqc} {command} {closed}"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == engine.read_bytes()
+
+
+@pytest.mark.parametrize("reader", ["| true", ">/dev/full"])
+def test_an_error_that_nobody_reads_keeps_its_exit_code(tmp_path, reader):
+    rqc = f"{sys.executable} -c 'import sys; from rqc.compiler.cli import main; sys.exit(main())'"
+    command = f"(sleep 2; {rqc} inspect {tmp_path}/nothing.plan --json) {reader}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "hint: " in done.stderr
