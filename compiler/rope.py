@@ -30,7 +30,7 @@ def exact_rope(model: ir.Model, config: Any, architecture: Architecture) -> None
     of texts within its original context, which is the engine's context (`Architecture.context_length`). Raises
     UnsupportedModelError where the graph turns another part of the heads than transformers does.
     """
-    positions = next(value for value in model.graph.inputs if value.name == "position_ids")
+    positions = next((value for value in model.graph.inputs if value.name == "position_ids"), None)
     computed: dict[str | None, tuple[F32, F32]] = {}
     moved = False
     for name, value in model.graph.initializers.items():
@@ -49,6 +49,7 @@ def exact_rope(model: ir.Model, config: Any, architecture: Architecture) -> None
         value.const_value = ir.Tensor(table, name=name)
         value.shape = ir.Shape(table.shape)
         for gather, _ in list(value.uses()):
+            assert positions is not None  # tables are looked up by it; a model without RoPE in any layer has neither
             moved |= gather.inputs[1] is not positions
             gather.replace_input_with(1, positions)
     if moved:

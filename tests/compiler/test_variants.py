@@ -82,6 +82,7 @@ def assert_same(directory: Path, engine: Path, ids: list[int], rotate: str = "no
             ),
         ),
         ("smollm3", {"no_rope_layers": [0, 1, 1, 0]}),
+        ("smollm3", {"no_rope_layers": [0, 0, 0, 0]}),
         (
             "smollm3",
             {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
