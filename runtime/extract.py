@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -32,9 +33,11 @@ def extract(engine: str | Path, directory: str | Path) -> list[Path]:
 
 def _write(file: EngineFile, target: Path) -> list[Path]:
     """Into a directory beside the target, which takes its name at the end: rename(2) replaces an empty directory."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+    staged: Path | None = None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         for name in file.names():
             path = staged / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +46,11 @@ def _write(file: EngineFile, target: Path) -> list[Path]:
         staged.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         os.replace(staged, target)
     except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not made after all, or used by others by now
+            for folder in made:
+                folder.rmdir()
         raise
     return [target / name for name in file.names()]
 

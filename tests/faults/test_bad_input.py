@@ -299,6 +299,12 @@ def test_files_that_are_no_engines(engine: Path, refused: Callable[..., Refused]
     assert "directory" in refused("inspect", tmp_path).error
 
 
+def test_parts_that_cannot_be_written(engine: Path, refused: Callable[..., Refused], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("new/folder/" + "x" * 256, "new/folder/" + "x" * 250, "file", "file/parts", "."):
+        refused("extract", engine, "-o", tmp_path / place)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
