@@ -38,6 +38,8 @@ def compile_engine(
         raise InputError("no engine to write is named", hint="-o ENGINE, or --dry-run")
     if verify and dry_run:
         raise InputError("verify needs an engine, a dry run writes none", hint="leave one of them out")
+    if dry_run and (verify_each or dump_ir is not None):
+        raise InputError("a dry run reads no weights, and --verify-each and --dump-ir need them", hint="leave one out")
     dump = None if dump_ir is None else Path(dump_ir)
     report = compile_model(
         model_dir, engine, recipe=made, verify_each=verify_each, dump_ir=dump, dry_run=dry_run, progress=progress

@@ -192,6 +192,12 @@ def check_files(imported: Imported) -> None:
     generation(imported)
 
 
+def companion_bytes(imported: Imported) -> int:
+    """Bytes of the files that travel beside the weights."""
+    paths = (imported.checkpoint.directory / name for name in (*TOKENIZER_FILES, *OTHER_FILES))
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
 def engine_files(imported: Imported, report: dict[str, Any]) -> dict[str, bytes]:
     """The files of the model directory that a device needs, and report.json."""
     directory = imported.checkpoint.directory

@@ -81,7 +81,7 @@ def compile_model(
     rotation, verdict = _rotation(recipe, imported, instruments.progress, measure=not dry_run)
     model, description = imported.model, imported.description
     instruments.run(model, passes_of(recipe, description, rotation))
-    estimated = estimate(model, manifests.parameter_count(imported))
+    estimated = estimate(model, manifests.parameter_count(imported), manifests.companion_bytes(imported))
     check_memory(estimated, recipe.max_memory)
     summary = None
     if not dry_run:

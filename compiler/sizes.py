@@ -16,7 +16,6 @@ from rqc.models.quantized import LazyQuantized
 from rqc.passes.base import QUANTIZED, STORAGE, WEIGHT
 from rqc.runtime.errors import ResourceError
 
-TOKENIZER_BYTES = 4 << 20
 WRITER_BYTES = 64 << 20
 """Buffers of the writer, the graph and the interpreter's growth while weights stream by."""
 
@@ -34,7 +33,7 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(model: ir.Model, parameters: int = 0) -> Estimate:
+def estimate(model: ir.Model, parameters: int = 0, companions: int = 0) -> Estimate:
     """Size of the engine and peak of writing it: what the process holds now, and the largest weight with its working
     copies."""
     sizes: dict[object, int] = {}
@@ -46,7 +45,7 @@ def estimate(model: ir.Model, parameters: int = 0) -> Estimate:
         sizes[id(tensor) if key is None else key] = tensor.nbytes
         working = max(working, _working_bytes(tensor))
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Estimate(sum(sizes.values()) + TOKENIZER_BYTES, held + working + WRITER_BYTES, parameters)
+    return Estimate(sum(sizes.values()) + companions, held + working + WRITER_BYTES, parameters)
 
 
 def _working_bytes(tensor: ir.TensorProtocol) -> int:
