@@ -140,8 +140,12 @@ def _exact_attention_scale(model: ir.Model, config: dict[str, Any]) -> None:
     """Gemma's query_pre_attn_scalar replaces the head size in 1/√d; the skeleton of Gemma 3 passes it over."""
     scalar = config.get("query_pre_attn_scalar")
     for node in model.graph:
-        if scalar and node.op_type == "Attention":
+        if node.op_type != "Attention":
+            continue
+        if scalar:
             node.attributes["scale"] = ir.AttrFloat32("scale", float(scalar) ** -0.5)
+        elif "scale" in node.attributes:  # Granite's multiplier may be a whole number in config.json
+            node.attributes["scale"] = ir.AttrFloat32("scale", float(node.attributes["scale"].value))
 
 
 def _add_dropped_biases(model: ir.Model, description: Description, checkpoint: Checkpoint) -> None:

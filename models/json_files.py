@@ -15,8 +15,8 @@ SIZES = (
     *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "num_experts_per_tok"),
 )
 """Keys of config.json that count something, at least one of it."""
-RATIOS = ("rope_theta", "factor", "rope_local_base_freq")
-"""Keys whose powers and quotients make the RoPE tables: finite and above zero, or the tables are not numbers."""
+RATIOS = ("rope_theta", "factor", "rope_local_base_freq", "query_pre_attn_scalar")
+"""Keys whose powers and quotients make RoPE tables and scales: finite and above zero, or those are no numbers."""
 _HINT = "download it again"
 
 

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rqc.compiler.cli import main
+from rqc.runtime.engine import Engine
 
 MakeTiny = Callable[..., Path]
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -137,6 +139,7 @@ def test_sizes_that_no_model_has(model: Path, refused_compile: Callable[..., Ref
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}},
         {"rope_parameters": 3},
+        {"query_pre_attn_scalar": -1},
         {"tie_word_embeddings": "yes"},
         {"eos_token_id": [2, "y"]},
         {"dtype": "nonsense"},
@@ -176,6 +179,18 @@ def test_a_tokenizer_of_another_model(model: Path, refused: Callable[..., Refuse
     text = (model / "tokenizer.json").read_text().replace('"e": 69,', '"e": 4711,')
     (model / "tokenizer.json").write_text(text)
     assert "4711" in refused("compile", model, "-o", tmp_path / "e.plan").error
+
+
+def test_a_multiplier_that_is_a_whole_number(tiny_model: MakeTiny, tmp_path: Path) -> None:
+    """JSON tells 2 from 2.0 and so does ONNX: both are right here."""
+    logits = []
+    for value in (2, 2.0):
+        path = tmp_path / f"{value}.plan"
+        model = tiny_model("granite", attention_multiplier=value)
+        assert main(["compile", str(model), "-o", str(path), "--rotate", "none", "--scheme", "fp32"]) == 0
+        with Engine.load(path, threads=1) as engine:
+            logits.append(engine.logits([3, 1, 4, 1, 5]))
+    np.testing.assert_allclose(*logits, rtol=1e-6, atol=1e-6)
 
 
 # weights
