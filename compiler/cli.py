@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rqc.compiler.console import Steps, guarded, open_standard_streams, result_on_stdout, stream
+from rqc.compiler.console import guarded, open_standard_streams, result_on_stdout, stream
+from rqc.compiler.progress import Steps
 from rqc.runtime import doctor as doctors
 from rqc.runtime.errors import InputError, ParityError
 
@@ -109,7 +110,7 @@ def compile_(
 
     # the other flags are the fields of a recipe, by name
     options = {name: value for name, value in context.params.items() if name in Recipe.__dataclass_fields__}
-    with result_on_stdout() as emit:
+    with result_on_stdout() as emit, Steps() as progress:
         value = compile_engine(
             model_dir,
             output,
@@ -118,7 +119,7 @@ def compile_(
             verify_each=verify_each,
             dump_ir=dump_ir,
             dry_run=dry_run,
-            progress=Steps(),
+            progress=progress,
             **options,
         ).to_json()
         emit(value, compile_text(value), as_json)

@@ -116,31 +116,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-class Steps:
-    """Progress on stderr: a line for each finished step; a percentage, redrawn on a terminal, by tenths elsewhere."""
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._shown = ""
-        self._tenths = 0
-
-    def line(self, text: str) -> None:
-        """One finished step."""
-        self._redraw("")
-        print(text, file=sys.stderr, flush=True)
-
-    def advance(self, label: str, done: int, total: int) -> None:
-        """A step that is under way: `done` of `total`."""
-        share = done / max(total, 1)
-        if self._live:
-            self._redraw(f"{label} {share:.0%}" if done < total else "")
-        elif int(10 * share) > self._tenths:
-            self.line(f"{label} {share:.0%}")
-        self._tenths = int(10 * share) if done < total else 0
-
-    def _redraw(self, text: str) -> None:
-        if text != self._shown:
-            print(f"\r{text:<{len(self._shown)}}\r{text}", end="", file=sys.stderr, flush=True)
-            self._shown = text
