@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from rqc.compiler.console import guarded, open_standard_streams, result_on_stdout, stream
-from rqc.compiler.progress import Steps
 from rqc.runtime import doctor as doctors
 from rqc.runtime.errors import InputError, ParityError
 
@@ -105,6 +104,7 @@ def compile_(
     """Compile a model directory into one engine.plan."""
     doctors.require_compile()
     from rqc.compiler.api import compile_engine
+    from rqc.compiler.progress import Steps
     from rqc.compiler.recipe import Recipe
     from rqc.compiler.reports import compile_text, failed_gates
 
