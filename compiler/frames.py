@@ -3,7 +3,6 @@ one."""
 
 from __future__ import annotations
 
-import resource
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.sizes import block_bytes
+from rqc.compiler.sizes import block_bytes, resident_bytes
 from rqc.compiler.targets.onnx import activations, packing
 from rqc.compiler.text import calibration_text, read_text, read_tokenizer, windows
 from rqc.models.rotation import Rotation
@@ -99,8 +98,7 @@ def _obstacle(recipe: Recipe, imported: Imported, measure: bool, ids: NDArray[np
         return "the model has no tokenizer.json"
     if recipe.max_memory is None:
         return ""
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    needed = held + block_bytes(imported, recipe, TOKENS)
+    needed = resident_bytes() + block_bytes(imported, recipe, TOKENS)
     if needed <= recipe.max_memory:
         return ""
     return f"measuring takes about {needed / 2**30:.1f} GiB and --max-memory is {recipe.max_memory / 2**30:.1f} GiB"

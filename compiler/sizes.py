@@ -6,6 +6,7 @@ from __future__ import annotations
 import resource
 from dataclasses import asdict, dataclass
 from math import prod
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -44,8 +45,22 @@ def estimate(model: ir.Model, parameters: int = 0, companions: int = 0) -> Estim
         key = tensor.meta.get(STORAGE)
         sizes[id(tensor) if key is None else key] = tensor.nbytes
         working = max(working, _working_bytes(tensor))
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Estimate(sum(sizes.values()) + companions, held + working + WRITER_BYTES, parameters)
+    peak = max(highest_bytes(), resident_bytes() + working + WRITER_BYTES)
+    return Estimate(sum(sizes.values()) + companions, peak, parameters)
+
+
+def highest_bytes() -> int:
+    """The most that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """What this process holds now; the most it ever held where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return highest_bytes()
+    return pages * resource.getpagesize()
 
 
 def _working_bytes(tensor: ir.TensorProtocol) -> int:

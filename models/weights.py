@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rqc.models.algebra import Array, Fold, ScaleIn, apply_folds
+from rqc.models.algebra import Array, Fold, apply_folds
 from rqc.models.checkpoint import Checkpoint
 from rqc.runtime.errors import CheckpointError
 
@@ -82,8 +82,3 @@ class Weight:
         elements = int(np.prod(self.shape))
         working = min(elements * 8, CHUNK_BYTES) if self.row_local else elements * 8
         return 3 * working + 4 * elements
-
-
-def gain_names(weight: Weight) -> set[str]:
-    """The norm weights that a weight's folds read."""
-    return {fold.norm for fold in weight.folds if isinstance(fold, ScaleIn)}

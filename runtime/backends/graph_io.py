@@ -40,11 +40,6 @@ class CacheSlot:
         """An empty cache; pages that are never written take no memory."""
         return np.zeros((rows, self.heads, length, self.dim), self.dtype)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one position of one row takes."""
-        return self.heads * self.dim * np.dtype(self.dtype).itemsize
-
 
 @dataclass(frozen=True)
 class GraphIO:

@@ -49,11 +49,6 @@ class OrtBackend:
     def vocab_size(self) -> int:
         return self._io.vocab_size
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes of key-value cache that one token of one sequence takes."""
-        return sum(slot.bytes_per_token for slot in self._io.slots)
-
     def start(self, prompts: Sequence[IntArray]) -> tuple[Sequences, FloatArray]:
         if self._shared:
             return self._start_shared(prompts)
