@@ -1,4 +1,5 @@
-"""Activations on the deployed grid in PyTorch: the linears of a reference see their inputs rounded and are recorded."""
+"""Activations on the deployed grid in PyTorch: rounded with a straight-through gradient in training, or rounded and
+recorded, linear by linear, to compare an engine with."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from rqc.models.grid import activation_codes, fake_quantize_activations
+from rqc.models.description import Description
+from rqc.models.grid import Grid, activation_codes, fake_quantize_activations
 from rqc.models.reference import Reference
 
 F32 = NDArray[np.float32]
@@ -32,6 +34,55 @@ class ActivationGrid:
     def round(self, x: Tensor) -> Tensor:
         """x [..., K] on the grid."""
         return torch.from_numpy(fake_quantize_activations(x.numpy(), self.block, self.bits))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounding forward, the identity backward: this grid clips nothing, so no gradient is cut."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, grid: ActivationGrid) -> Tensor:
+        width = x.shape[-1]
+        block = width if grid.block == -1 else grid.block
+        blocks = nn.functional.pad(x.float(), (0, -width % block)).unflatten(-1, (-1, block))
+        top = torch.tensor(float(2 ** (grid.bits - 1) - 1), device=x.device)
+        largest = blocks.abs().amax(-1, keepdim=True)
+        # below this the reciprocal overflows: such a block is zero
+        inverse = torch.where(largest > top / torch.finfo(torch.float32).max, top / largest, 0.0)
+        rounded = torch.round(blocks * inverse) * (largest / top)
+        return rounded.flatten(-2)[..., :width].to(x.dtype)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def fake_quantize_ste(x: Tensor, grid: ActivationGrid) -> Tensor:
+    """x [..., K] on the grid, to the last bit as `ActivationGrid.round` has it, in the type of x; gradients pass.
+
+    Any device, any float type: computed in float32, as the kernels do.
+    """
+    rounded: Tensor = _StraightThrough.apply(x, grid)
+    return rounded
+
+
+def training_grids(description: Description, bits: int, group_size: int) -> dict[str, ActivationGrid]:
+    """The grids on which an engine will have the inputs of the blocks' linears, by weight name; no router, no head.
+
+    8 bits: per token and block of a weight's grid of `group_size` (MatMulNBits at accuracy level 4). Fewer: per token.
+    """
+    weights = Grid(8, group_size)
+    return {
+        claim.weight: ActivationGrid(bits, weights.block(description.shape(claim)[1]) if bits == 8 else -1)
+        for claim in description.claims
+        if claim.quantized
+    }
+
+
+def round_inputs_ste(reference: Reference, grids: Mapping[str, ActivationGrid]) -> None:
+    """Round, in training, what the named linears and their adapters read. Call it after `rotate_online`: the rounding
+    comes behind the rotation. Parts of one module share a grid."""
+    for module, grid in {reference.parts[name].module: grid for name, grid in grids.items()}.items():
+        module.register_forward_pre_hook(lambda _, args, grid=grid: (fake_quantize_ste(args[0], grid), *args[1:]))
 
 
 def quantize_inputs(reference: Reference, grids: Mapping[str, ActivationGrid]) -> None:

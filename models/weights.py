@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rqc.models.algebra import Array, Fold, apply_folds
-from rqc.models.checkpoint import Checkpoint
 from rqc.runtime.errors import CheckpointError
 
 CHUNK_BYTES = 64 << 20
 
 
+class Source(Protocol):
+    """Where weights are read from: a checkpoint, or a model in memory."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        """Rows [start, stop) of the parameter of that name, float64."""
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """Rows [start, stop) of a checkpoint tensor and the folds on top of it; float64 when read."""
+    """Rows [start, stop) of a stored tensor and the folds on top of it; float64 when read."""
 
-    checkpoint: Checkpoint
+    checkpoint: Source
     name: str
     shape: tuple[int, ...]
     start: int = 0
