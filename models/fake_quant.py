@@ -43,13 +43,14 @@ class _StraightThrough(torch.autograd.Function):
     def forward(context: Any, x: Tensor, grid: ActivationGrid) -> Tensor:
         width = x.shape[-1]
         block = width if grid.block == -1 else grid.block
-        blocks = nn.functional.pad(x.float(), (0, -width % block)).unflatten(-1, (-1, block))
+        padded = nn.functional.pad(x.float(), (0, -width % block))
+        blocks = padded.reshape(*x.shape[:-1], -1, block)
         top = torch.tensor(float(2 ** (grid.bits - 1) - 1), device=x.device)
         largest = blocks.abs().amax(-1, keepdim=True)
         # below this the reciprocal overflows: such a block is zero
         inverse = torch.where(largest > top / torch.finfo(torch.float32).max, top / largest, 0.0)
         rounded = torch.round(blocks * inverse) * (largest / top)
-        return rounded.flatten(-2)[..., :width].to(x.dtype)
+        return rounded.reshape(padded.shape)[..., :width].to(x.dtype)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -61,7 +62,7 @@ def fake_quantize_ste(x: Tensor, grid: ActivationGrid) -> Tensor:
 
     Any device, any float type: computed in float32, as the kernels do.
     """
-    rounded: Tensor = _StraightThrough.apply(x, grid)
+    rounded: Tensor = _StraightThrough.apply(x, grid)  # type: ignore[no-untyped-call]
     return rounded
 
 
