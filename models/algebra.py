@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,20 @@ from rqc.runtime.errors import RotationError
 
 Array = NDArray[np.float64]
 Read = Callable[[str], Array]
+
+
+class Fold(Protocol):
+    """Something that a weight and its bias take up."""
+
+    @property
+    def row_local(self) -> bool:
+        """Whether rows of W can be folded apart from each other."""
+
+    def weight(self, w: Array, first_row: int, read: Read) -> Array:
+        """Rows of W that start at `first_row` (all of them, unless the fold is row-local), folded."""
+
+    def bias(self, b: Array) -> Array:
+        """The whole bias, folded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +107,6 @@ class ScaleOut:
         return out
 
 
-Fold = ScaleIn | RotateIn | RotateOut | ScaleOut
 Folds = dict[str, list[Fold]]
 
 
