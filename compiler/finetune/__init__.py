@@ -1,0 +1,1 @@
+"""The training stage: rotation-aware, quantization-aware adapters on torch, transformers and peft."""

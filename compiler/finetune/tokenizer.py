@@ -1,0 +1,213 @@
+"""The tokenizer and chat template of a model directory, exactly as its engine will apply them.
+
+An engine carries tokenizer.json and the template beside it and applies them with runtime/text.py and runtime/chat.py.
+The same code runs here on the same files: what is trained is what will be run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from rqc.compiler.text import read_tokenizer
+from rqc.models.checkpoint import model_directory
+from rqc.models.json_files import read_object
+from rqc.runtime.chat import ChatTemplate, checked_messages, load_chat_template, special_tokens
+from rqc.runtime.errors import CheckpointError, InputError
+from rqc.runtime.text import TextCodec
+
+FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+Span = tuple[int, int]
+Message = Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class TrainingTokenizer:
+    """Text and conversations to token ids.
+
+    end_id: the token that ends a text, None if the model has none. stop_ids: tokens at which the engine stops.
+    pad_id: any token of the vocabulary, for padded positions count nowhere. config, files: of the model directory.
+    """
+
+    tokenizer: Tokenizer
+    codec: TextCodec
+    end_id: int | None
+    stop_ids: frozenset[int]
+    pad_id: int
+    config: dict[str, Any] = field(repr=False)
+    files: dict[str, bytes] = field(repr=False)
+    _templates: dict[bool, ChatTemplate] = field(default_factory=dict, repr=False)
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether the model has a chat template."""
+        return "chat_template.jinja" in self.files or bool(self.config.get("chat_template"))
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text. special: with what the engine puts around a prompt (bos)."""
+        return self.codec.encode(text, special=special)
+
+    def offsets(self, text: str) -> list[Span]:
+        """Where in the text the tokens of encode(text, special=False) stand, in characters."""
+        found: list[Span] = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special ones included."""
+        return self.codec.decode(ids, skip_special=False)
+
+    def chat_text(self, messages: Sequence[Message], tools: Any, *, prompt: bool) -> str:
+        """A conversation as the engine's chat renders it; prompt: up to where the assistant is to answer.
+
+        Raises InputError if there is no template or it refuses the messages.
+        """
+        return self._template(bool(tools)).render(messages, tools=tools, add_generation_prompt=prompt)
+
+    def marks_answers(self, tools: Any) -> bool:
+        """Whether the template says by `{% generation %}` what the assistant writes."""
+        return _MARK.search(_template_source(self.files, self.config, bool(tools))) is not None
+
+    def marked_spans(self, messages: Sequence[Message], tools: Any) -> list[Span]:
+        """What the template marks in chat_text(messages, prompt=False), as ranges of characters.
+
+        transformers finds them; its rendering must be ours. Raises InputError if it is not.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = render_jinja_template(
+            conversations=[checked_messages(messages)],
+            tools=tools,
+            chat_template=_template_source(self.files, self.config, bool(tools)),
+            return_assistant_tokens_mask=True,
+            **special_tokens(self.config),
+        )
+        if texts[0] != self.chat_text(messages, tools, prompt=False):
+            raise InputError(
+                "transformers renders the chat template otherwise than the engine does",
+                hint="take the {% generation %} marks out of the template",
+            )
+        return [(start, end) for start, end in spans[0] if start < end]
+
+    def check_template(self) -> None:
+        """Raise InputError for a chat template that cannot be read."""
+        if self.has_chat:
+            self._template(False)
+
+    def _template(self, with_tools: bool) -> ChatTemplate:
+        if not self.has_chat:
+            raise InputError(
+                "the model has no chat template for messages",
+                hint='put a chat_template.jinja into the model directory, or use {"instruction", "output"} records',
+            )
+        if with_tools not in self._templates:
+            self._templates[with_tools] = load_chat_template(self.files, with_tools=with_tools)
+        return self._templates[with_tools]
+
+
+def read_training_tokenizer(model: str | Path) -> TrainingTokenizer:
+    """The tokenizer of a model directory or GGUF file.
+
+    Raises CheckpointError where there is none or where it is damaged, InputError for a chat template that is none.
+    """
+    directory = model_directory(model)
+    tokenizer = read_tokenizer(directory) or _converted(directory)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    files, config = _files(directory)
+    known = _known_ids(directory)
+    stops = _ids(directory, known.get("eos_token_id"))
+    bos = _ids(directory, known.get("bos_token_id")) if config.get("add_bos_token") else []
+    codec = TextCodec(tokenizer.to_str().encode(), bos_token_id=bos[0] if bos else None)
+    end = _end_id(tokenizer, config, stops)
+    ends = [] if end is None else [end]
+    pad = _pad_id([*_ids(directory, known.get("pad_token_id")), *ends], known.get("vocab_size"))
+    found = TrainingTokenizer(tokenizer, codec, end, frozenset(stops or ends), pad, config, files)
+    found.check_template()
+    return found
+
+
+def _files(directory: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The files that a chat template is made of, and the tokenizer's settings in them."""
+    files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
+    try:
+        files.get("chat_template.jinja", b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{directory / 'chat_template.jinja'} is not UTF-8: {error}", hint="download it again"
+        ) from error
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins, as in the runtime
+        config |= read_object(directory / name) if name in files else {}
+    return files, config
+
+
+def _converted(directory: Path) -> Tokenizer:
+    """The tokenizer of a model without tokenizer.json, converted by transformers as for its engine."""
+    if not any((directory / name).is_file() for name in ("tokenizer.model", "vocab.json")):
+        raise CheckpointError(
+            f"{directory} has no tokenizer, and training data is text",
+            hint="put the model's tokenizer.json into the directory",
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        converted: Tokenizer | None = getattr(
+            AutoTokenizer.from_pretrained(directory, local_files_only=True), "backend_tokenizer", None
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise CheckpointError(
+            f"transformers cannot read the tokenizer of {directory}: {error}", hint="download the model again"
+        ) from error
+    if converted is None:
+        raise CheckpointError(
+            f"the tokenizer of {directory} has no tokenizer.json form", hint="convert it with transformers"
+        )
+    return converted
+
+
+def _known_ids(directory: Path) -> dict[str, Any]:
+    """config.json, under what generation_config.json says: the ids that the engine's manifest will carry."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        found |= read_object(directory / name) if (directory / name).is_file() else {}
+    return found
+
+
+def _ids(directory: Path, value: Any) -> list[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise CheckpointError(
+                f"{directory}: {str(token)[:40]!r} stands where a special token's id belongs",
+                hint="correct eos_token_id, bos_token_id or pad_token_id in generation_config.json and config.json",
+            )
+    return ids
+
+
+def _end_id(tokenizer: Tokenizer, config: Mapping[str, Any], stops: Sequence[int]) -> int | None:
+    """The tokenizer's end of text, unless the engine would run past it: then the first id at which it stops."""
+    named: int | None = tokenizer.token_to_id(special_tokens(config).get("eos_token", ""))
+    return named if named is not None and (named in stops or not stops) else next(iter(stops), None)
+
+
+def _pad_id(wanted: Sequence[int], vocab_size: Any) -> int:
+    """The first of these that the embedding has (a GGUF's padding token may lie outside of it), else 0."""
+    size = vocab_size if isinstance(vocab_size, int) else 0
+    return next((token for token in wanted if token < size), 0)
+
+
+def _template_source(files: Mapping[str, bytes], config: Mapping[str, Any], with_tools: bool) -> str:
+    """The template that load_chat_template compiles, "" without one."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8")
+    source = config.get("chat_template") or ""
+    if isinstance(source, list):
+        named = {entry["name"]: entry["template"] for entry in source}
+        source = named.get("tool_use" if with_tools else "default", named.get("default", ""))
+    return str(source)
