@@ -1,0 +1,124 @@
+"""What an adapter was trained on: the rotated basis, the base model and its grid. It travels as rqc_basis.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rqc.models.grid import Grid
+from rqc.models.rotation import Rotation
+from rqc.runtime.errors import InputError, RqcError
+
+BASIS_FILE = "rqc_basis.json"
+FORMAT, VERSION = "rqc-basis", 1
+BASE_KINDS = ("float", "w4", "w3", "w2", "nf4")
+ADAPTER_TYPES = ("lora", "dora", "qalora", "qbara", "qahira")
+_HINT = f"restore {BASIS_FILE} from where the adapter was trained, or train it again"
+
+
+@dataclass(frozen=True)
+class AdapterBasis:
+    """The frame of an adapter.
+
+    basis: the rotation's hash at the model's sizes, None without rotated sites. base: the fingerprint of the model
+    directory (`Checkpoint.fingerprint`). grid: that of the quantized base, None for a float or NF4 base. activations:
+    bits to which inputs were rounded in training, 16 for not at all. residual: the base was the quantized W − E, with E
+    in rqc_residual.safetensors (LoftQ, arXiv 2310.08659).
+    """
+
+    rotation: Rotation
+    basis: str | None
+    base: str
+    model_type: str
+    grid: Grid | None = None
+    base_kind: str = "float"
+    activations: int = 16
+    adapter_type: str = "lora"
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for an unknown kind of base or adapter."""
+        if self.base_kind not in BASE_KINDS:
+            raise InputError(f"unknown kind of base {self.base_kind!r}", hint=f"known: {', '.join(BASE_KINDS)}")
+        if self.adapter_type not in ADAPTER_TYPES:
+            raise InputError(f"unknown adapter type {self.adapter_type!r}", hint=f"known: {', '.join(ADAPTER_TYPES)}")
+        if (self.basis is None) == bool(self.rotation.sites):
+            told = "has no hash" if self.basis is None else "has a hash but rotates nothing"
+            raise InputError(f"an adapter's basis ({self.rotation}) {told}", hint=_HINT)
+
+    @property
+    def mark(self) -> str:
+        """What stands in the metadata of adapter_model.safetensors."""
+        return self.basis or "none"
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of rqc_basis.json."""
+        return {
+            "format": FORMAT,
+            "format_version": VERSION,
+            "rotation": {**self.rotation.to_json(), "basis": self.basis},
+            "base": {"fingerprint": self.base, "model_type": self.model_type},
+            "grid": None if self.grid is None else asdict(self.grid),
+            "base_kind": self.base_kind,
+            "activations": self.activations,
+            "adapter_type": self.adapter_type,
+            "residual": self.residual,
+        }
+
+    def to_bytes(self) -> bytes:
+        """rqc_basis.json itself; equal bases give equal bytes."""
+        return (json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> AdapterBasis:
+        """The inverse of `to_json`. Raises InputError for a damaged or newer one."""
+        if value.get("format") != FORMAT or value.get("format_version") != VERSION:
+            found = f"{value.get('format')!r} version {value.get('format_version')!r}"
+            raise InputError(f"{BASIS_FILE} is of format {found}", hint=f"this rqc reads {FORMAT!r} version {VERSION}")
+        try:
+            return cls(
+                rotation=Rotation.from_json(value["rotation"]),
+                basis=_text(value["rotation"]["basis"], optional=True),
+                base=str(_text(value["base"]["fingerprint"])),
+                model_type=str(_text(value["base"]["model_type"])),
+                grid=None if value["grid"] is None else Grid(**value["grid"]),
+                base_kind=str(_text(value["base_kind"])),
+                activations=int(value["activations"]),
+                adapter_type=str(_text(value["adapter_type"])),
+                residual=_flag(value["residual"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{BASIS_FILE} is damaged: {error!r}", hint=_HINT) from error
+        except InputError:
+            raise
+        except RqcError as error:
+            raise InputError(f"{BASIS_FILE} is damaged: {error.message}", hint=_HINT) from error
+
+    @classmethod
+    def read(cls, directory: Path) -> AdapterBasis | None:
+        """The basis of an adapter directory, None where it has none. Raises InputError for a damaged one."""
+        path = directory / BASIS_FILE
+        if not path.exists():
+            return None
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path} cannot be read: {error}", hint=_HINT) from error
+        if not isinstance(value, dict):
+            raise InputError(f"{path} is not a JSON object", hint=_HINT)
+        return cls.from_json(value)
+
+
+def _text(value: Any, *, optional: bool = False) -> str | None:
+    if isinstance(value, str) or (optional and value is None):
+        return value
+    raise TypeError(f"{value!r} is no text")
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
