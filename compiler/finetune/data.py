@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rqc.compiler.finetune.chat_spans import Tokenized, tokenized, whole_text
 from rqc.compiler.finetune.collate import Collate
-from rqc.compiler.finetune.examples import Examples, Store, split
+from rqc.compiler.finetune.examples import Examples, Gathering, split
 from rqc.compiler.finetune.records import read_records
 from rqc.compiler.finetune.sources import checked_suffix, text_pieces
 from rqc.compiler.finetune.tokenizer import TrainingTokenizer, read_training_tokenizer
@@ -24,23 +24,25 @@ def load_examples(path: str | Path, tokenizer: TrainingTokenizer, *, seq_len: in
     Raises InputError, naming file and line, for what is not such a file, and if no example is left after the cut.
     """
     path = Path(path)
-    store = Store(seq_len, vocab_size)
+    gathered = Gathering(seq_len, vocab_size)
     if checked_suffix(path) == ".txt":
         for number, window in enumerate(_windows(path, tokenizer, seq_len)):
-            store.add(window, number, str(path))
-        found = store.examples()
+            gathered.add(window, number, str(path))
+        found = gathered.examples()
         if not len(found):
             raise InputError(f"{path}: no text in the file", hint="name a file with some paragraphs of text in it")
         return found
     count = 0
     for count, record in enumerate(read_records(path), 1):
         for example in tokenized(record, tokenizer):
-            store.add(example, count, record.place)
+            gathered.add(example, count, record.place)
     if not count:
         raise InputError(f"{path}: no records in the file", hint="write one JSON object on each line")
-    found = store.examples()
+    found = gathered.examples()
     if not len(found):
-        needed = f"--seq-len {store.needed} would keep at least one" if store.needed else "give records with answers"
+        needed = (
+            f"--seq-len {gathered.needed} would keep at least one" if gathered.needed else "give records with answers"
+        )
         raise InputError(
             f"{path}: no answer token is left of any of the {count} records within {seq_len} tokens", hint=needed
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,21 @@ IGNORED = -100
 """The label of a token without loss (torch.nn.CrossEntropyLoss)."""
 
 
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """ids int32, answer bool [tokens]; starts int64 [examples + 1]; answered (tokens with loss) and records (numbers)
+    int64 [examples]; of the file, how many were dropped, truncated and unended."""
+
+    ids: NDArray[np.int32]
+    answer: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    answered: NDArray[np.int64]
+    records: NDArray[np.int64]
+    dropped: int
+    truncated: int
+    unended: int
+
+
 class Examples(Dataset[dict[str, Any]]):
     """Examples as dicts: input_ids and labels int64 [length], length. Labels are `IGNORED` outside of the answers.
 
@@ -26,16 +41,13 @@ class Examples(Dataset[dict[str, Any]]):
     examples cut to the sequence length, answers without a token at which the engine stops.
     """
 
-    def __init__(self, store: Store, chosen: Sequence[int] | NDArray[np.int64]) -> None:
-        """chosen: which examples of the store, in this order."""
-        self._store = store
-        self._chosen = np.asarray(chosen, np.int64)
-        self.dropped = store.dropped
-        self.truncated = store.truncated
-        self.unended = store.unended
-        self.lengths: list[int] = (store.starts[self._chosen + 1] - store.starts[self._chosen]).tolist()
+    def __init__(self, columns: Columns, chosen: NDArray[np.int64]) -> None:
+        """chosen: which of the examples, in this order."""
+        self._columns, self._chosen = columns, chosen
+        self.dropped, self.truncated, self.unended = columns.dropped, columns.truncated, columns.unended
+        self.lengths: list[int] = (columns.starts[chosen + 1] - columns.starts[chosen]).tolist()
         self.tokens = sum(self.lengths)
-        self.answer_tokens = int(store.answered[self._chosen].sum())
+        self.answer_tokens = int(columns.answered[chosen].sum())
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -43,19 +55,19 @@ class Examples(Dataset[dict[str, Any]]):
     def __getitem__(self, place: int) -> dict[str, Any]:
         """Raises IndexError past the end, so that the examples can be iterated over."""
         example = self._chosen[place]
-        start, stop = self._store.starts[example : example + 2]
-        ids = torch.from_numpy(self._store.ids[start:stop].astype(np.int64))
-        answer = torch.from_numpy(self._store.answer[start:stop])
+        start, stop = self._columns.starts[example : example + 2]
+        ids = torch.from_numpy(self._columns.ids[start:stop].astype(np.int64))
+        answer = torch.from_numpy(self._columns.answer[start:stop].copy())
         return {"input_ids": ids, "labels": ids.where(answer, IGNORED), "length": len(ids)}
 
     @property
     def records(self) -> NDArray[np.int64]:
         """The number of the record that each example comes from."""
-        return self._store.records[self._chosen]
+        return self._columns.records[self._chosen]
 
     def those(self, chosen: NDArray[np.bool_]) -> Examples:
         """The examples that are chosen."""
-        return Examples(self._store, self._chosen[chosen])
+        return Examples(self._columns, self._chosen[chosen])
 
     def summary(self) -> str:
         """How many there are, and what was left out, in one line."""
@@ -69,8 +81,8 @@ class Examples(Dataset[dict[str, Any]]):
         return "; ".join(parts)
 
 
-class Store:
-    """Examples as they are gathered: ids int32 and answer bool, one after the other; starts int64 [examples + 1]."""
+class Gathering:
+    """Examples while they are read: cut, checked and counted, one after the other."""
 
     def __init__(self, seq_len: int, vocab_size: int) -> None:
         """Raises InputError for a sequence length in which nothing can be predicted."""
@@ -118,13 +130,18 @@ class Store:
         self.needed = min([*wanted, *([] if self.needed is None else [self.needed])], default=None)
 
     def examples(self) -> Examples:
-        """All of them; nothing more can be added."""
-        self.ids = np.frombuffer(self._ids, np.int32)
-        self.answer = np.frombuffer(self._answer, np.bool_)
-        self.starts = np.frombuffer(self._starts, np.int64)
-        self.answered = np.frombuffer(self._answered, np.int64)
-        self.records = np.frombuffer(self._records, np.int64)
-        return Examples(self, np.arange(len(self.answered)))
+        """All that were taken."""
+        columns = Columns(
+            np.frombuffer(self._ids, np.int32),
+            np.frombuffer(self._answer, np.bool_),
+            np.frombuffer(self._starts, np.int64),
+            np.frombuffer(self._answered, np.int64),
+            np.frombuffer(self._records, np.int64),
+            self.dropped,
+            self.truncated,
+            self.unended,
+        )
+        return Examples(columns, np.arange(len(columns.answered)))
 
 
 def split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples | None]:
