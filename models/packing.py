@@ -70,6 +70,8 @@ class Quantized:
     bits: int
     storage_bits: int
     block_size: int
+    padding: U8 | None = None
+    """[N], the code that fills each row's last block; None means the block's zero point. Kernels ignore it."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,16 +87,29 @@ class Quantized:
         return out
 
     def packed_codes(self) -> U8:
-        """uint8 [N, G, block_size * storage_bits / 8], low bits first; K is padded with the block's zero point."""
+        """uint8 [N, G, block_size * storage_bits / 8], low bits first; K is padded with `pad_codes`."""
         n, k = self.codes.shape
         groups = self.scales.shape[1]
         padded = self.codes
         if groups * self.block_size != k:
-            padded = np.full((n, groups * self.block_size), 1 << (self.storage_bits - 1), np.uint8)
+            padded = np.empty((n, groups * self.block_size), np.uint8)
             padded[:, :k] = self.codes
-            if self.zero_points is not None:
-                padded[:, k:] = self.zero_points[:, -1:]
+            padded[:, k:] = self.pad_codes()[:, None]
         return pack(padded, self.storage_bits).reshape(n, groups, -1)
+
+    def stored_zero_points(self) -> U8:
+        """[N, G], the centre of the storage where none are given."""
+        if self.zero_points is not None:
+            return self.zero_points
+        return np.full(self.scales.shape, 1 << (self.storage_bits - 1), np.uint8)
+
+    def pad_codes(self) -> U8:
+        """[N], the code behind the last input of each row."""
+        if self.padding is not None:
+            return self.padding
+        if self.zero_points is not None:
+            return self.zero_points[:, -1]
+        return np.full(self.codes.shape[0], 1 << (self.storage_bits - 1), np.uint8)
 
     def packed_zero_points(self) -> U8:
         """uint8 [N, ceil(G * storage_bits / 8)], rows padded with 2^(storage_bits - 1) as ONNX Runtime does."""

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from rqc.models.description import HEAD
 from rqc.passes.base import LINEAR, Pass, initializer, insert_before, linears
+from rqc.passes.side_paths import readers
 
 
 class QuantizeActivations(Pass):
@@ -14,7 +15,7 @@ class QuantizeActivations(Pass):
     head.
 
     Symmetric, dynamic, without clipping (RoLoRA's setting); a zero token keeps scale 1. The device computes it in float
-    on this grid.
+    on this grid. Side paths of an adapter read what their linear reads.
     """
 
     exact = False
@@ -31,6 +32,7 @@ class QuantizeActivations(Pass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         done: dict[ir.Value, ir.Value] = {}
+        rounding: dict[ir.Value, set[str]] = {}
         for name, node in linears(model):
             source = node.inputs[0]
             if node.op_type != "MatMulNBits" or name == HEAD or source is None or source.metadata_props.get("rqc.grid"):
@@ -38,6 +40,12 @@ class QuantizeActivations(Pass):
             if source not in done:
                 done[source] = self._quantize(model, node, source)
             node.replace_input_with(0, done[source])
+            rounding.setdefault(source, set()).update(name.split("+"))
+        beside = [(node, source) for source, names in rounding.items() for node in readers(source, names)]
+        for node, source in beside:
+            node.replace_input_with(0, done[source])
+        if beside:
+            model.graph.sort()  # stable: a side path may begin in front of its linear
         return ir.passes.PassResult(model, modified=bool(done))
 
     def _quantize(self, model: ir.Model, anchor: ir.Node, x: ir.Value) -> ir.Value:

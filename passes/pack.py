@@ -48,11 +48,9 @@ def _pack(model: ir.Model, dequantize: ir.Node) -> None:
 
 
 def _matmul(model: ir.Model, node: ir.Node, name: str, quantized: LazyQuantized) -> None:
-    bias_add = _bias_add(node)
+    biased = bias_add(node)
     bias = (
-        next((v for v in bias_add.inputs if v is not None and v.is_initializer()), None)
-        if bias_add is not None
-        else None
+        next((v for v in biased.inputs if v is not None and v.is_initializer()), None) if biased is not None else None
     )
     (n, k), grid = quantized.shape, quantized.grid
     packed = ir.node(
@@ -63,13 +61,13 @@ def _matmul(model: ir.Model, node: ir.Node, name: str, quantized: LazyQuantized)
         name=f"{name.removesuffix('.weight')}/MatMulNBits",
         metadata_props=dict(node.metadata_props),
     )
-    last = bias_add or node
+    last = biased or node
     output = packed.outputs[0]
     output.name, output.shape, output.type = f"{name}.output", last.outputs[0].shape, ir.TensorType(ir.DataType.FLOAT)
     insert_before(node, [packed])
     replace_uses(last.outputs[0], output)
-    if bias_add is not None:
-        _remove(model, bias_add)
+    if biased is not None:
+        _remove(model, biased)
     _remove(model, node)
 
 
@@ -109,14 +107,14 @@ def _gather(model: ir.Model, node: ir.Node, name: str, quantized: LazyQuantized)
 
 
 def _scales(model: ir.Model, name: str, quantized: LazyQuantized) -> list[ir.Value]:
-    """Scales [N, G] and, for asymmetric grids, packed zero points: shared by the two readers of a tied table."""
+    """Scales [N, G] and, where there are any, packed zero points: shared by the two readers of a tied table."""
     (n, _), groups, grid = quantized.shape, quantized.groups, quantized.grid
     if f"{name}.packed_scales" in model.graph.initializers:
         found = (model.graph.initializers.get(f"{name}.packed_{part}") for part in ("scales", "zeros"))
         return [value for value in found if value is not None]
     scales = quantized_tensor(f"{name}.packed_scales", ir.DataType.FLOAT, (n, groups), lambda q: q.scales, quantized)
     values = [lazy_initializer(model, scales.name or "", scales)]
-    if not grid.symmetric:
+    if quantized.zero_pointed:
         width = -(-groups * grid.storage_bits // 8)
         zeros = quantized_tensor(
             f"{name}.packed_zeros", ir.DataType.UINT8, (n, width), Quantized.packed_zero_points, quantized
@@ -130,7 +128,7 @@ def _shared(model: ir.Model, tensor: ir.LazyTensor, quantized: LazyQuantized) ->
     return lazy_initializer(model, tensor.name or "", tensor)
 
 
-def _bias_add(node: ir.Node) -> ir.Node | None:
+def bias_add(node: ir.Node) -> ir.Node | None:
     """The Add of a bias initializer that alone reads this linear, if there is one."""
     users = list(node.outputs[0].uses())
     if len(users) != 1 or users[0][0].op_type != "Add":

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from rqc.models.description import Description
 from rqc.models.grid import Grid, Quantized
 from rqc.models.quantized import LazyQuantized
-from rqc.passes.base import QUANTIZED, Pass, insert_before, lazy_initializer, weight_of
+from rqc.passes.base import QUANTIZED, Pass, discard, insert_before, lazy_initializer, weight_of
 
 SIGNED = {2: (ir.DataType.INT4, ml_dtypes.int4), 4: (ir.DataType.INT4, ml_dtypes.int4), 8: (ir.DataType.INT8, np.int8)}
 UNSIGNED = {
@@ -59,14 +59,7 @@ def told(grid: Grid | None) -> str:
 def dequantize_before_use(model: ir.Model, value: ir.Value, quantized: LazyQuantized) -> None:
     """Put codes, scales (and zero points) in the place of a float initializer, behind one DequantizeLinear."""
     name = value.name or ""
-    inputs = [_lazy(model, f"{name}.{part}", *spec, quantized) for part, spec in _tensors(quantized).items()]
-    node = ir.node(
-        "DequantizeLinear",
-        inputs,
-        attributes={"axis": 1, "block_size": quantized.block},
-        name=f"{name}/DequantizeLinear",
-        metadata_props={QUANTIZED: name},
-    )
+    node = _dequantize(model, name, quantized)
     output = node.outputs[0]
     output.name, output.shape, output.type = f"{name}.dequantized", value.shape, ir.TensorType(ir.DataType.FLOAT)
     users = list(value.uses())
@@ -77,17 +70,44 @@ def dequantize_before_use(model: ir.Model, value: ir.Value, quantized: LazyQuant
     del model.graph.initializers[name]
 
 
+def quantize_again(model: ir.Model, node: ir.Node, quantized: LazyQuantized) -> None:
+    """Let a DequantizeLinear read other codes, scales and zero points."""
+    name, old = node.metadata_props[QUANTIZED], list(node.inputs)
+    uses = list(node.outputs[0].uses())
+    for index in range(len(old)):
+        node.replace_input_with(index, None)
+    discard(model, old)
+    new = _dequantize(model, name, quantized)
+    output = new.outputs[0]
+    output.name, output.shape, output.type = node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type
+    insert_before(node, [new])
+    for user, index in uses:
+        user.replace_input_with(index, output)
+    model.graph.remove(node, safe=True)
+
+
+def _dequantize(model: ir.Model, name: str, quantized: LazyQuantized) -> ir.Node:
+    inputs = [_lazy(model, f"{name}.{part}", *spec, quantized) for part, spec in _tensors(quantized).items()]
+    return ir.node(
+        "DequantizeLinear",
+        inputs,
+        attributes={"axis": 1, "block_size": quantized.block},
+        name=f"{name}/DequantizeLinear",
+        metadata_props={QUANTIZED: name},
+    )
+
+
 Spec = tuple[ir.DataType, tuple[int, int], Callable[[Quantized], np.ndarray]]
 
 
 def _tensors(quantized: LazyQuantized) -> dict[str, Spec]:
-    """Type, shape and value of each tensor; symmetric grids take signed codes and no zero point."""
+    """Type, shape and value of each tensor; where no zero points are stored, codes are signed."""
     grid, blocks = quantized.grid, (quantized.shape[0], quantized.groups)
     storage, center = grid.storage_bits, grid.center
     signed, stype = SIGNED[storage]
     unsigned, utype = UNSIGNED[storage]
     scales: Spec = (ir.DataType.FLOAT, blocks, lambda q: q.scales)
-    if grid.symmetric:
+    if not quantized.zero_pointed:
         return {
             "codes": (
                 signed,
@@ -99,13 +119,8 @@ def _tensors(quantized: LazyQuantized) -> dict[str, Spec]:
     return {
         "codes": (unsigned, quantized.shape, lambda q: q.codes.astype(utype)),
         "scales": scales,
-        "zero_points": (unsigned, blocks, lambda q: _zeros(q).astype(utype)),
+        "zero_points": (unsigned, blocks, lambda q: q.stored_zero_points().astype(utype)),
     }
-
-
-def _zeros(quantized: Quantized) -> np.ndarray:
-    assert quantized.zero_points is not None
-    return quantized.zero_points
 
 
 def _lazy(

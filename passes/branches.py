@@ -1,0 +1,110 @@
+"""Keep a dense adapter beside the linear: y ← y + (x Aᵀ)(c B)ᵀ in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rqc.models.delta import Delta
+from rqc.models.quantized import LazyQuantized, Update
+from rqc.passes.base import BRANCH_A, BRANCH_B, Pass
+from rqc.passes.quantize import quantize_again
+from rqc.passes.side_paths import F32, addressed, dequantize_of, join, lazy_of, product, side_tensor
+from rqc.runtime.errors import InputError, SchemeError
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """A linear's low-rank path: its delta, and the quantized weight whose rows (from `first_row` on) it runs beside,
+    if that has DoRA factors."""
+
+    delta: Delta
+    base: LazyQuantized | None = None
+    first_row: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Outputs."""
+        return self.delta.shape[0]
+
+    def a(self) -> F32:
+        """Aᵀ [in, r]."""
+        return _cast(self.delta.a.T)
+
+    def b(self) -> F32:
+        """(c B)ᵀ [r, out], each column times its m / n if it is a DoRA."""
+        b = self.delta.scale * self.delta.b
+        if self.base is not None:
+            b = b * self.base.adapted().factors[self.first_row : self.first_row + self.rows, None]
+        return _cast(b.T)
+
+
+def _cast(factor: NDArray[np.float64]) -> F32:
+    with np.errstate(over="ignore"):  # told below
+        cast = factor.astype(np.float32)
+    if not np.isfinite(cast).all():
+        raise InputError("the update is not finite (NaN, infinity or beyond float32)", hint="train the adapter anew")
+    return cast
+
+
+class AddBranches(Pass):
+    """y ← y + (x Aᵀ)(c B)ᵀ beside every linear in `deltas`; x is what the linear reads, rotated online or not.
+
+    DoRA on a quantized base: with n = ‖Ŵ + c B A‖_row, s ← s m/n and B ← diag(m/n) B, which is exact. The function
+    changes by the adapter, on purpose. Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
+    """
+
+    exact = False
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        super().__init__()
+        self.deltas = dict(deltas)
+
+    @property
+    def detail(self) -> str:
+        """How many linears, and the largest rank."""
+        rank = max((delta.rank for delta in self.deltas.values()), default=0)
+        return f"{len(self.deltas)} linears, rank {rank}"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        present = {node.metadata_props[BRANCH_A] for node in model.graph if BRANCH_A in node.metadata_props}
+        modified = False
+        for name, node, delta in addressed(model, self.deltas):
+            if name not in present:
+                _add(model, node, name, Branch(delta, _scaled(model, node, name, delta)))
+                modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _scaled(model: ir.Model, node: ir.Node, name: str, delta: Delta) -> LazyQuantized | None:
+    """The quantized weight with its rows scaled, for a DoRA; None for any other delta."""
+    if delta.magnitude is None:
+        return None
+    dequantize = dequantize_of(node)
+    if dequantize is None:
+        raise SchemeError(f"a DoRA beside {name}, which is stored as floats", hint="--merge fold")
+    base = lazy_of(dequantize)
+    if any(base.updates):
+        raise SchemeError(f"a DoRA beside {name}, which holds another update already", hint="--merge fold")
+    try:
+        scaled = base.updated(Update(delta, pooled=False))
+    except InputError as error:
+        raise InputError(f"{name}: {error.message}", hint=error.hint) from error
+    quantize_again(model, dequantize, scaled)
+    return scaled
+
+
+def _add(model: ir.Model, node: ir.Node, name: str, branch: Branch) -> None:
+    x = node.inputs[0]
+    assert x is not None
+    scope = f"{name.removesuffix('.weight')}/branch"
+    rows, width = branch.delta.shape
+    a = side_tensor(model, f"{name}.branch_a", (width, branch.delta.rank), branch.a, (branch,), None)
+    b = side_tensor(model, f"{name}.branch_b", (branch.delta.rank, rows), branch.b, (branch,), branch.base)
+    down = product(x, a, f"{scope}/a", BRANCH_A, name)
+    up = product(down.outputs[0], b, f"{scope}/b", BRANCH_B, name)
+    join(node, [down, up], up.outputs[0], scope)

@@ -1,0 +1,114 @@
+"""Merge a pooled adapter into zero points: codes and scales stay, what integers cannot hold runs on block sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from rqc.models.delta import Delta
+from rqc.models.quantized import LazyQuantized, Update
+from rqc.passes.base import OFFSET, SUMS, Pass, constant, initializer, insert_after
+from rqc.passes.quantize import quantize_again
+from rqc.passes.side_paths import F32, addressed, dequantize_of, join, lazy_of, product, side_tensor
+from rqc.runtime.errors import InputError, SchemeError
+
+
+class MergeZeroPoints(Pass):
+    """z ← zr, y ← y + P_g(x) corrᵀ with zr the integer zero point nearest to z − D/s and corr = D + s (zr − z).
+
+    For deltas ΔW that are constant inside every block, D [N, G]; sums P_g(x) are computed once for all that read x. A
+    DoRA's rows are scaled by m / n besides: s ← s m/n, corr ← corr m/n. The function changes by ΔW, on purpose.
+    Source: QA-LoRA (arXiv 2309.14717); the correction is the one of asymmetric integer kernels.
+    """
+
+    exact = False
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        super().__init__()
+        self.deltas = dict(deltas)
+
+    @property
+    def detail(self) -> str:
+        """How many linears."""
+        return f"{len(self.deltas)} linears"
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for name, node, delta in addressed(model, self.deltas):
+            dequantize = dequantize_of(node)
+            if dequantize is None:
+                raise SchemeError(f"{name} is stored as floats, without zero points", hint="--merge fold")
+            base = lazy_of(dequantize)
+            if any(base.updates):
+                continue
+            try:
+                merged = base.updated(Update(delta, pooled=True))
+            except InputError as error:
+                raise InputError(f"{name}: {error.message}", hint=error.hint) from error
+            quantize_again(model, dequantize, merged)
+            _correct(model, node, name, merged)
+            modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _correct(model: ir.Model, node: ir.Node, name: str, merged: LazyQuantized) -> None:
+    x = node.inputs[0]
+    assert x is not None
+    sums = _sums(model, node, x, name, merged)
+    factor = offset_tensor(model, f"{name}.correction", merged)
+    scope = f"{name.removesuffix('.weight')}/correction"
+    correction = product(sums, factor, scope, OFFSET, name)
+    join(node, [correction], correction.outputs[0], scope)
+
+
+def offset_tensor(model: ir.Model, name: str, merged: LazyQuantized) -> ir.Value:
+    """corrᵀ [G, N] of a weight with moved zero points."""
+
+    def value() -> F32:
+        return np.asarray(merged.adapted().correction.T)
+
+    return side_tensor(model, name, (merged.groups, merged.shape[0]), value, merged, merged)
+
+
+def _sums(model: ir.Model, anchor: ir.Node, x: ir.Value, name: str, merged: LazyQuantized) -> ir.Value:
+    """P_g(x) [batch, sequence, G]: the sums that are there for this x and block, or new ones behind the linear."""
+    block, groups, width = merged.block, merged.groups, merged.shape[1]
+    wanted = f"{x.name}.sums_{block}"
+    for user, _ in x.uses():
+        if SUMS in user.metadata_props:
+            chain = _chain(user)
+            if chain[-1].outputs[0].name == wanted:
+                for node in chain:
+                    node.metadata_props[SUMS] += f"+{name}"
+                return chain[-1].outputs[0]
+    nodes: list[ir.Node] = []
+
+    def op(kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        scope = f"{name.removesuffix('.weight')}/sums"
+        node = ir.node(kind, list(inputs), attributes=attributes, name=f"{scope}/{kind}", metadata_props={SUMS: name})
+        node.outputs[0].name, node.outputs[0].type = f"{wanted}.{kind}", ir.TensorType(ir.DataType.FLOAT)
+        nodes.append(node)
+        return node.outputs[0]
+
+    value = x
+    if groups * block != width:  # the last block is filled with zeros, which add nothing
+        value = op(
+            "Pad", value, constant(model, f"rqc.pad.{groups * block - width}", [0] * 5 + [groups * block - width])
+        )
+    value = op("Reshape", value, constant(model, f"rqc.blocks.{groups}x{block}", [0, 0, groups, block]))
+    last = initializer(model, "rqc.last_axis", np.asarray([-1], np.int64))
+    value = op("ReduceSum", value, last, keepdims=0)
+    value.name = wanted
+    insert_after(anchor, nodes)
+    return value
+
+
+def _chain(first: ir.Node) -> list[ir.Node]:
+    """The nodes of block sums, from the one that reads x."""
+    chain = [first]
+    while chain[-1].op_type != "ReduceSum":
+        ((follower, _),) = chain[-1].outputs[0].uses()
+        chain.append(follower)
+    return chain
