@@ -50,4 +50,5 @@ def compile_engine(
 
     if progress is not None:
         progress.line("verifying against PyTorch")
-    return replace(report, parity=verify_engine(engine, model_dir).to_json())
+    merged: dict[str, Any] = {} if made.adapter is None else {"adapter": made.adapter}
+    return replace(report, parity=verify_engine(engine, model_dir, **merged).to_json())

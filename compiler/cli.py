@@ -77,10 +77,18 @@ def compile_(
     clip: Annotated[str | None, typer.Option(help="none or mse.  [default: mse]")] = None,
     method: Annotated[str | None, typer.Option(help="rtn, rounding to nearest.  [default: rtn]")] = None,
     rotate: Annotated[
-        str | None, typer.Option(help="auto, none, or a comma list of r1 r2 r3 r4.  [default: auto]")
+        str | None, typer.Option(help="auto, none, or a comma list of r1 r2 r3 r4.  [default: auto, or the adapter's]")
     ] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs.  [default: 0]")] = None,
     hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A PEFT directory to merge; it brings its basis and grid along.")
+    ] = None,
+    merge: Annotated[str | None, typer.Option(help="auto fold zero-point branch.  [default: auto]")] = None,
+    min_survival: Annotated[
+        float | None,
+        typer.Option(help="Fail where rounding leaves less of the adapter in a linear.  [default: 0.5]"),
+    ] = None,
     tied: Annotated[
         str | None, typer.Option(help="keep: one table for embedding and head; untie: two.  [default: keep]")
     ] = None,
@@ -101,7 +109,7 @@ def compile_(
     dry_run: Annotated[bool, typer.Option(help="Plan and estimate only; write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile a model directory into one engine.plan."""
+    """Compile a model directory, and an adapter if there is one, into one engine.plan."""
     doctors.require_compile()
     from rqc.compiler.api import compile_engine
     from rqc.compiler.progress import Steps

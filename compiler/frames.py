@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rqc.compiler.adapters import Merge
 from rqc.compiler.calibrate import perplexity
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
@@ -30,8 +31,13 @@ COARSE_ACTIVATIONS = 6
 Verdict = tuple[Rotation, dict[str, Any]]
 
 
-def choose_frame(recipe: Recipe, imported: Imported, progress: Progress, *, measure: bool = True) -> Verdict:
-    """The rotation of `--rotate auto` and {'chosen', 'scores'}: perplexities of both frames, rounded to 4 digits."""
+def choose_frame(
+    recipe: Recipe, imported: Imported, progress: Progress, merge: Merge | None = None, *, measure: bool = True
+) -> Verdict:
+    """The rotation of `--rotate auto` and {'chosen', 'scores'}: perplexities of both frames, rounded to 4 digits.
+
+    An adapter counts: what is scored is the model that it makes.
+    """
     none = Rotation.parse("none", recipe.hadamard, recipe.rotation_seed)
     rotated = _candidate(recipe, imported)
     if not recipe.scheme.quantized:
@@ -43,7 +49,7 @@ def choose_frame(recipe: Recipe, imported: Imported, progress: Progress, *, meas
         chosen = rotated if recipe.scheme.activation_bits <= COARSE_ACTIVATIONS else none
         progress.line(f"rotate auto: {chosen}, by the scheme alone, because {obstacle}")
         return chosen, _said(chosen, None)
-    scores = {str(rotation): _score(recipe, imported, rotation, ids) for rotation in (none, rotated)}
+    scores = {str(rotation): _score(recipe, imported, rotation, ids, merge) for rotation in (none, rotated)}
     chosen = rotated if scores[str(rotated)] <= MARGIN * scores[str(none)] else none
     told = ", ".join(f"{name} {score:g}" for name, score in scores.items())
     progress.line(f"rotate auto: {chosen} (perplexity on {ids.size} calibration tokens: {told})")
@@ -61,11 +67,14 @@ def _candidate(recipe: Recipe, imported: Imported) -> Rotation:
     return Rotation.parse(sites, recipe.hadamard, recipe.rotation_seed)
 
 
-def _score(recipe: Recipe, imported: Imported, rotation: Rotation, ids: NDArray[np.int64]) -> float:
+def _score(
+    recipe: Recipe, imported: Imported, rotation: Rotation, ids: NDArray[np.int64], merge: Merge | None
+) -> float:
     """Perplexity of the quantized graph in this frame, four significant digits. The graph is built anew: weights are
     lazy."""
     fresh = import_model(imported.checkpoint.directory)
-    steps = [*frame(recipe, fresh.description, rotation), *grids(recipe, fresh.description)]
+    steps = [*frame(recipe, fresh.description, rotation, merge), *grids(recipe, fresh.description)]
+    steps += [] if merge is None else merge.after_grid(rotation)
     packed = [*packing(recipe, fresh.description), TransposeInKernel(), RemoveDeadParts()]
     for step in [*steps, *packed, *activations(recipe)]:
         step(fresh.model)

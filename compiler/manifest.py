@@ -21,7 +21,18 @@ from rqc.models.json_files import read_object
 from rqc.models.quantized import LazyQuantized
 from rqc.models.rotation import Rotation
 from rqc.models.weights import Weight
-from rqc.passes.base import LINEAR, ONLINE, QUANTIZED, STORAGE, WEIGHT
+from rqc.passes.base import (
+    ADAPTER,
+    BRANCH_A,
+    BRANCH_B,
+    LINEAR,
+    OFFSET,
+    ONLINE,
+    QUANTIZED,
+    STORAGE,
+    WEIGHT,
+    sizes,
+)
 from rqc.runtime.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -29,8 +40,10 @@ OTHER_FILES = ("config.json", "generation_config.json")
 PACKAGES = ("onnx", "onnx-ir", "mobius-onnx", "numpy")
 
 
-def manifest_of(imported: Imported, model: ir.Model, recipe: Recipe, rotation: Rotation) -> dict[str, Any]:
-    """manifest.json for a lowered graph."""
+def manifest_of(
+    imported: Imported, model: ir.Model, recipe: Recipe, rotation: Rotation, adapter: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """manifest.json for a lowered graph; `adapter` is the record of the one that was merged."""
     a = imported.description.architecture
     parameters = parameter_count(imported)
     weight_bytes = stored_bytes(model)
@@ -52,7 +65,7 @@ def manifest_of(imported: Imported, model: ir.Model, recipe: Recipe, rotation: R
         "tied": recipe.tied if a.tied else None,
         "embedding_bits": widths[EMBEDDING],
         "head_bits": widths[HEAD],
-        "adapter": None,
+        "adapter": adapter,
         "kv_cache": "float",
         "activations": activation_grid(recipe),
         "context_length": a.context_length,
@@ -103,27 +116,40 @@ def parameter_count(imported: Imported) -> int:
 
 
 def stored_bytes(model: ir.Model) -> int:
-    """Bytes of weights in the engine: everything that came from the checkpoint; constants of the graph do not count."""
+    """Bytes of weights in the engine: everything that came from the checkpoint and the adapter; constants of the graph
+    do not count."""
     sizes: dict[object, int] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and (QUANTIZED in tensor.meta or WEIGHT in tensor.meta):
+        if tensor is not None and any(key in tensor.meta for key in (QUANTIZED, WEIGHT, ADAPTER)):
             key = tensor.meta.get(STORAGE)
             sizes[id(tensor) if key is None else key] = tensor.nbytes
     return sum(sizes.values())
 
 
 def layers(model: ir.Model) -> list[dict[str, Any]]:
-    """Every linear and table: what it is stored as and which operator runs it; online rotations counted by site."""
+    """Every linear and table, and what an adapter keeps beside them: what it is stored as and which operator runs it;
+    online rotations counted by site."""
     rows = []
     for node in model.graph:
         form = next((form for value in node.inputs if (form := _form(node, value)) is not None), None)
         name = node.metadata_props.get(LINEAR)
         if form is not None and (name is not None or node.op_type in ("Gather", "GatherBlockQuantized")):
             rows.append({"name": name or EMBEDDING, "op": node.op_type, **form})
+        rows += _beside(node)
     products = [node for node in model.graph if ONLINE in node.metadata_props and node.op_type == "MatMul"]
     online = Counter(node.metadata_props[ONLINE] for node in products)
     return rows + [{"name": f"online {site}", "op": "MatMul", "count": online[site]} for site in sorted(online)]
+
+
+def _beside(node: ir.Node) -> list[dict[str, Any]]:
+    """The row of a product that an adapter runs beside a linear: a branch's factor or a correction of zero points."""
+    for mark, kind in ((BRANCH_A, "branch A"), (BRANCH_B, "branch B"), (OFFSET, "correction")):
+        if mark in node.metadata_props:
+            name = f"{node.metadata_props[mark]} {kind}"
+            shape = [int(size) for size in reversed(sizes(node.inputs[1]))]
+            return [{"name": name, "op": node.op_type, "bits": 32, "shape": shape}]
+    return []
 
 
 def _form(node: ir.Node, value: ir.Value | None) -> dict[str, Any] | None:

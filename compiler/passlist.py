@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rqc.compiler.adapters import Merge
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.targets.onnx import activations, lowering, packing
 from rqc.compiler.widths import table_widths
@@ -16,23 +17,29 @@ from rqc.passes.tables import QuantizeTables, table_grid
 from rqc.passes.ties import Untie
 
 
-def passes_of(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
-    """THE list: exact folds with their online halves, the lossy grid, the kernels' form, the target's fusions,
-    activations."""
+def passes_of(recipe: Recipe, description: Description, rotation: Rotation, merge: Merge | None = None) -> list[Pass]:
+    """THE list: exact folds with their online halves, the lossy grid, the adapter where it belongs, the kernels' form,
+    the target's fusions, activations."""
     return [
-        *frame(recipe, description, rotation),
+        *frame(recipe, description, rotation, merge),
         *grids(recipe, description),
+        *([] if merge is None else merge.after_grid(rotation)),
         *packing(recipe, description),
         *lowering(),
         *activations(recipe),
     ]
 
 
-def frame(recipe: Recipe, description: Description, rotation: Rotation) -> list[Pass]:
-    """The basis in which the model is quantized. Norm gains are folded only where R1 needs them out of its way."""
+def frame(recipe: Recipe, description: Description, rotation: Rotation, merge: Merge | None = None) -> list[Pass]:
+    """The basis in which the model is quantized. Norm gains are folded only where R1 needs them out of its way.
+
+    An adapter is folded in its own basis: before the rotation, or behind it.
+    """
+    before, after = ([], []) if merge is None else (merge.before_frame(), merge.after_frame())
     untie: list[Pass] = [Untie()] if recipe.tied == "untie" and description.architecture.tied else []
     norms: list[Pass] = [FuseNormGains(description)] if "r1" in rotation.sites else []
-    return [*untie, *norms, *([Rotate(description, rotation)] if rotation.sites else [])]
+    rotate: list[Pass] = [Rotate(description, rotation)] if rotation.sites else []
+    return [*untie, *before, *norms, *rotate, *after]
 
 
 def grids(recipe: Recipe, description: Description) -> list[Pass]:

@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from rqc.compiler import manifest as manifests
+from rqc.compiler.adapters import Merge, open_adapter, survival_of
 from rqc.compiler.frames import Verdict, choose_frame
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
@@ -67,7 +68,8 @@ def compile_model(
     """Compile a Hugging Face model directory into an engine.
 
     With `dry_run` nothing is read but headers and nothing is written: the report holds passes and estimates. Raises an
-    RqcError: unusable input, an option that does not fit the model, a pass that fails its check, no memory or disk.
+    RqcError: unusable input, an option that does not fit the model or the adapter, a pass that fails its check, an
+    adapter that rounding would take away, no memory or disk.
     """
     started = time.perf_counter()
     recipe = recipe or Recipe()
@@ -78,16 +80,19 @@ def compile_model(
     instruments = Instruments(verify_each, dump_ir, progress or Silent())
     imported = import_model(model_dir)
     manifests.check_files(imported)
-    rotation, verdict = _rotation(recipe, imported, instruments.progress, measure=not dry_run)
+    recipe, merge = open_adapter(recipe, imported, instruments.progress)
+    rotation, verdict = _rotation(recipe, imported, instruments.progress, merge, measure=not dry_run)
     model, description = imported.model, imported.description
-    instruments.run(model, passes_of(recipe, description, rotation))
+    instruments.run(model, passes_of(recipe, description, rotation, merge))
     estimated = estimate(model, manifests.parameter_count(imported), manifests.companion_bytes(imported))
     check_memory(estimated, recipe.max_memory)
-    summary = None
+    summary = survival = None
     if not dry_run:
         if output is None:
             raise ValueError("a compile needs an output path unless it is a dry run")
-        summary = _write(Path(output), imported, model, recipe, rotation, verdict, instruments.progress)
+        survival = None if merge is None else survival_of(model, merge, recipe, rotation)
+        made = _Made(imported, model, recipe, rotation, verdict, merge, survival)
+        summary = _write(Path(output), made, instruments.progress)
     return CompileReport(
         engine=None if dry_run else str(output),
         size_bytes=estimated.size_bytes if summary is None else summary.size_bytes,
@@ -97,28 +102,37 @@ def compile_model(
         rotation=verdict,
         sha256=None if summary is None else summary.sha256,
         estimate=estimated,
+        survival=survival,
     )
 
 
-def _rotation(recipe: Recipe, imported: Imported, progress: Progress, *, measure: bool) -> Verdict:
+def _rotation(recipe: Recipe, imported: Imported, progress: Progress, merge: Merge | None, *, measure: bool) -> Verdict:
     """The rotation to use and what is said of the choice."""
     if recipe.rotation is not None:
         return recipe.rotation, {"chosen": str(recipe.rotation), "scores": None}
-    return choose_frame(recipe, imported, progress, measure=measure)
+    return choose_frame(recipe, imported, progress, merge, measure=measure)
 
 
-def _write(
-    output: Path,
-    imported: Imported,
-    model: ir.Model,
-    recipe: Recipe,
-    rotation: Rotation,
-    verdict: dict[str, Any],
-    progress: Progress,
-) -> EngineSummary:
-    manifest = manifests.manifest_of(imported, model, recipe, rotation)
-    files = manifests.engine_files(imported, {"rotation": verdict, "recipe": recipe.to_json()})
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A lowered model with everything that its engine says of it."""
+
+    imported: Imported
+    model: ir.Model
+    recipe: Recipe
+    rotation: Rotation
+    verdict: dict[str, Any]
+    merge: Merge | None
+    survival: dict[str, float] | None
+
+
+def _write(output: Path, made: _Made, progress: Progress) -> EngineSummary:
+    adapter = None if made.merge is None else made.merge.record(made.survival or {})
+    manifest = manifests.manifest_of(made.imported, made.model, made.recipe, made.rotation, adapter)
+    recipe = {name: value for name, value in made.recipe.to_json().items() if name != "adapter"}  # a path of this host
+    report = {"rotation": made.verdict, "recipe": recipe, "adapter": adapter, "survival": made.survival}
+    files = manifests.engine_files(made.imported, report)
     try:
-        return write_engine(output, model, manifest, files, progress=progress.advance)
+        return write_engine(output, made.model, manifest, files, progress=progress.advance)
     finally:
         forget()

@@ -10,7 +10,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,9 @@ TABLE_BITS = (4, 8, 16, 32)
 METHODS = ("rtn",)
 CLIPS = ("none", "mse")
 TIED = ("keep", "untie")
+MERGES = ("auto", "fold", "zero-point", "branch")
+PATHS = ("calibration", "adapter")
+PATH, NUMBER = (str, Path), (int, float)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,9 @@ class Recipe:
 
     rotate: "auto", or the rotated sites (none of them: no rotation). embedding_bits, head_bits: 16 and 32 are floats;
     None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships;
-    calibration_samples windows of calibration_length tokens are read from it.
+    calibration_samples windows of calibration_length tokens are read from it. adapter: a PEFT directory, merged as
+    `merge` says; a compile fails where less than min_survival of it is left in a linear. given: the options that were
+    asked for by name, which what an adapter brings along does not replace.
     """
 
     target: str = "onnx"
@@ -51,6 +56,10 @@ class Recipe:
     calibration: Path | None = None
     calibration_samples: int = 64
     calibration_length: int = 512
+    adapter: Path | None = None
+    merge: str = "auto"
+    min_survival: float = 0.5
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _one_of("target", self.target, TARGETS, TargetError)
@@ -59,6 +68,11 @@ class Recipe:
         _one_of("method", self.method, METHODS, SchemeError)
         _one_of("tied", self.tied, TIED, SchemeError)
         _one_of("hadamard", self.hadamard, KINDS, RotationError)
+        _one_of("merge", self.merge, MERGES, SchemeError)
+        if not -math.inf < self.min_survival <= 1:
+            raise InputError(f"min_survival is {self.min_survival}", hint="a share up to 1, such as 0.5")
+        if self.adapter is None and (self.merge, self.min_survival) != ("auto", 0.5):
+            raise InputError("merge and min_survival are for an adapter, and none is named", hint="--adapter DIR")
         for name in ("embedding_bits", "head_bits"):
             if getattr(self, name) is not None:
                 _one_of(name, getattr(self, name), TABLE_BITS, SchemeError)
@@ -69,6 +83,11 @@ class Recipe:
             raise InputError(f"max_memory is {self.max_memory}", hint="a size such as 4GiB or 512MiB")
         if self.rotate != "auto":
             Rotation(self.rotate, self.hadamard, self.rotation_seed)  # raises RotationError for unknown sites
+
+    def stated(self, name: str) -> bool:
+        """Whether an option was asked for: by name, or with another value than the default."""
+        default = next(field.default for field in fields(self) if field.name == name)
+        return name in self.given or getattr(self, name) != default
 
     @property
     def rotation(self) -> Rotation | None:
@@ -94,13 +113,13 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain values, readable by `from_values`."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: getattr(self, name) for name in option_names()}
         rotate = "auto" if self.rotate == "auto" else ",".join(sorted(self.rotate)) or "none"
         return {
             **{name: value for name, value in plain.items() if value is not None},
             "scheme": self.scheme.name,
             "rotate": rotate,
-            **({} if self.calibration is None else {"calibration": str(self.calibration)}),
+            **{name: str(getattr(self, name)) for name in PATHS if getattr(self, name) is not None},
         }
 
     @classmethod
@@ -109,7 +128,7 @@ class Recipe:
 
         Raises InputError for an unknown name, with the nearest known one, and for a value of the wrong type.
         """
-        known = [field.name for field in fields(cls)]
+        known = option_names()
         parsed: dict[str, Any] = {}
         for key, value in values.items():
             name = key.replace("-", "_")
@@ -119,7 +138,7 @@ class Recipe:
                 raise InputError(f"option {key!r} is given twice", hint="- and _ are the same in names")
             if value is not None:
                 parsed[name] = _parse(name, value)
-        return cls(**parsed)
+        return cls(**parsed, given=frozenset(parsed))
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:
@@ -138,6 +157,11 @@ class Recipe:
         except RqcError as error:
             raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
         return cls.from_values({**{key.replace("-", "_"): value for key, value in values.items()}, **given})
+
+
+def option_names() -> list[str]:
+    """The names of all options: the fields of a recipe but the record of which were given."""
+    return [field.name for field in fields(Recipe) if field.name != "given"]
 
 
 def parse_size(text: str) -> int:
@@ -161,11 +185,13 @@ def _parse(name: str, value: Any) -> Any:
         return _parse_rotate(value)
     if name == "max_memory":
         return parse_size(value) if isinstance(value, str) else _typed(name, value, int)
-    if name == "calibration":
-        return Path(_typed(name, value, (str, Path)))
+    if name in PATHS:
+        return Path(_typed(name, value, PATH))
     if name == "symmetric":
         return _typed(name, value, bool)
-    texts = ("target", "clip", "method", "hadamard", "tied")
+    if name == "min_survival":
+        return float(_typed(name, value, NUMBER))
+    texts = ("target", "clip", "method", "hadamard", "tied", "merge")
     return _typed(name, value, str if name in texts else int)
 
 
@@ -188,7 +214,7 @@ def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     """`value`, if it is of that kind; True and False are no integers."""
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    words = {str: "text", int: "a whole number", bool: "true or false", (str, Path): "a path"}
+    words = {str: "text", int: "a whole number", bool: "true or false", PATH: "a path", NUMBER: "a number"}
     raise InputError(f"{name} is {value!r}", hint=f"{name} is {words[kind]}")
 
 
@@ -203,7 +229,7 @@ def _near_miss(name: str, known: list[str]) -> str:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
-    """The file's keys; a relative calibration path starts from the file's folder."""
+    """The file's keys; relative paths start from the file's folder."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -212,6 +238,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(
             f"the recipe {path} is not valid TOML: {error}", hint='lines such as scheme = "w4a16"'
         ) from error
-    if isinstance(values.get("calibration"), str):
-        values["calibration"] = str(path.parent / values["calibration"])
+    for name in PATHS:
+        if isinstance(values.get(name), str):
+            values[name] = str(path.parent / values[name])
     return values

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from rqc.runtime.inspection import size_text
 
+LINEARS = 5
+"""Linears that the table of survival names."""
 IDLE = ("ppl_ratio",)
 """Gates of quality count only where a limit was set; `rqc compile --verify` sets none."""
 
@@ -21,7 +24,7 @@ def compile_text(value: Mapping[str, Any]) -> str:
         ("time", f"{value['seconds']:.1f} s"),
         ("peak memory", size_text(value["peak_rss_bytes"])),
     ]
-    lines = [f"{name:<14}{text}" for name, text in rows]
+    lines = [f"{name:<14}{text}" for name, text in [*rows, *_survival_rows(value.get("survival") or {})]]
     return "\n".join([*lines, parity_text(value["parity"])] if value.get("parity") else lines)
 
 
@@ -61,6 +64,15 @@ def _rotation_text(rotation: Mapping[str, Any]) -> str:
     scores = rotation.get("scores") or {}
     told = ", ".join(f"{name} {_figure(score)}" for name, score in scores.items())
     return f"{text} (scores: {told})" if told else text
+
+
+def _survival_rows(survival: Mapping[str, float]) -> list[tuple[str, str]]:
+    """How much of the adapter is left: in the middle, and in the linears where it is least."""
+    if not survival:
+        return []
+    least = sorted(survival.items(), key=lambda item: (item[1], item[0]))[:LINEARS]
+    told = f"median {median(survival.values()):.3f} of the adapter in {len(survival)} linears; least:"
+    return [("survival", told), *(("", f"{share:.3f}  {name.removesuffix('.weight')}") for name, share in least)]
 
 
 def _figure(value: Any) -> str:

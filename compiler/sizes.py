@@ -12,8 +12,10 @@ import onnx_ir as ir
 
 from rqc.compiler.importer import Imported
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.survival import measuring_bytes
 from rqc.models.description import Claim
 from rqc.models.quantized import LazyQuantized
+from rqc.models.weights import Weight
 from rqc.passes.base import QUANTIZED, STORAGE, WEIGHT
 from rqc.runtime.errors import ResourceError
 
@@ -35,8 +37,8 @@ class Estimate:
 
 
 def estimate(model: ir.Model, parameters: int = 0, companions: int = 0) -> Estimate:
-    """Size of the engine and peak of writing it: what the process holds now, and the largest weight with its working
-    copies."""
+    """Size of the engine and peak of making it: what the process holds now (an adapter's factors too), and the largest
+    weight with its working copies while it is written, or measured with and without its adapter."""
     sizes: dict[object, int] = {}
     working = 0
     for value in model.graph.initializers.values():
@@ -68,9 +70,12 @@ def _working_bytes(tensor: ir.TensorProtocol) -> int:
     if isinstance(quantized, LazyQuantized):
         elements = quantized.shape[0] * quantized.shape[1]
         scales = quantized.shape[0] * quantized.groups * 4
-        return max(part.resident_bytes() for part in quantized.parts) + 2 * elements + 2 * scales + tensor.nbytes
+        writing = max(part.resident_bytes() for part in quantized.parts) + 2 * elements + 2 * scales + tensor.nbytes
+        return max(writing, *(part.resident_bytes() + measuring_bytes(part) for part in quantized.parts))
     weight = tensor.meta.get(WEIGHT)
-    return tensor.nbytes if weight is None else weight.resident_bytes() + tensor.nbytes
+    if not isinstance(weight, Weight):
+        return tensor.nbytes
+    return weight.resident_bytes() + max(tensor.nbytes, measuring_bytes(weight))
 
 
 def block_bytes(imported: Imported, recipe: Recipe, tokens: int) -> int:

@@ -99,6 +99,7 @@ class Inspection:
             ("target", str(manifest.get("target"))),
             ("scheme", _scheme_text(manifest)),
             ("rotation", _rotation_text(manifest.get("rotation"))),
+            ("adapter", _adapter_text(manifest.get("adapter"))),
             ("model", _model_text(manifest)),
             ("size", f"{size_text(self.size_bytes)}, weights {size_text(self.weight_bytes)}"),
             ("bits per weight", "unknown" if bits is None else f"{bits:.2f}"),
@@ -231,6 +232,17 @@ def _rotation_text(rotation: Mapping[str, Any] | None) -> str:
         return "none"
     sites, basis = ",".join(rotation["sites"]), str(rotation.get("basis"))[:16]
     return f"{sites}, {rotation.get('hadamard')} Hadamard, seed {rotation.get('seed')}, basis {basis}"
+
+
+def _adapter_text(adapter: Any) -> str:
+    """Kind, way and survival of the adapter that an engine holds."""
+    if not isinstance(adapter, Mapping):
+        return "none"
+    how = {"fold": "folded into the weights", "zero-point": "in zero points", "branch": "beside the weights"}
+    survival = adapter.get("survival")
+    left = f", at least {survival:.3g} of it left in every linear" if isinstance(survival, (int, float)) else ""
+    merge = str(adapter.get("merge"))
+    return f"{adapter.get('kind')}, {how.get(merge, merge)}{left}"
 
 
 def _model_text(manifest: Mapping[str, Any]) -> str:
