@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     load = Engine.load
     __version__: str
 
-__all__ = ["Engine", "RqcError", "__version__", "compile", "load", "verify"]
+__all__ = ["Engine", "RqcError", "__version__", "compile", "finetune", "load", "verify"]
 
 _HOMES = {
     "Engine": ("rqc.runtime.engine", "Engine"),
     "RqcError": ("rqc.runtime.errors", "RqcError"),
     "compile": ("rqc.compiler.api", "compile_engine"),
+    "finetune": ("rqc.compiler.finetune.run", "finetune"),
     "load": ("rqc.runtime.engine", "Engine.load"),
     "verify": ("rqc.compiler.verify", "verify_engine"),
 }

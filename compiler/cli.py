@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rqc.compiler.cli_finetune import finetune
 from rqc.compiler.console import guarded, open_standard_streams, result_on_stdout, stream
 from rqc.runtime import doctor as doctors
 from rqc.runtime.errors import InputError, ParityError
@@ -20,6 +21,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.command()(finetune)
 
 EnginePath = Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine.plan.", show_default=False)]
 ModelDir = Annotated[

@@ -63,6 +63,12 @@ class ResourceError(RqcError):
     """Memory, disk or another resource does not suffice."""
 
 
+class TrainingError(RqcError):
+    """A training that came to no good end: its loss or gradient is no number."""
+
+    exit_code = 1
+
+
 class ParityError(RqcError):
     """A parity gate failed."""
 

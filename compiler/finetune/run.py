@@ -1,0 +1,229 @@
+"""`rqc.finetune`: a model directory and data in, an adapter that knows its basis and its grid out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_callback import TrainerState
+
+from rqc.compiler.finetune.checkpoints import TRAINING, Run, check_new
+from rqc.compiler.finetune.data import Examples, load_examples, read_training_tokenizer, split
+from rqc.compiler.finetune.report import FinetuneReport, log_of, memory_text, training_json
+from rqc.compiler.finetune.settings import Settings
+from rqc.compiler.finetune.stage import Stage, build_stage, without
+from rqc.compiler.finetune.train import AdapterTrainer, check_device, processes
+from rqc.compiler.instruments import Progress, Silent
+from rqc.models.adapter import AdapterBasis, write_adapter
+from rqc.models.adapter_frames import to_plain
+from rqc.models.adapter_names import torch_names
+from rqc.models.algebra import dimensions
+from rqc.models.checkpoint import Checkpoint
+from rqc.models.delta import Delta
+from rqc.models.description import Architecture
+from rqc.models.json_files import read_object
+from rqc.runtime.bench import peak_rss_bytes
+from rqc.runtime.doctor import require_compile
+from rqc.runtime.errors import InputError
+
+
+def finetune(
+    model_dir: str | Path,
+    data: str | Path,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> FinetuneReport:
+    """Train an adapter of a Hugging Face model directory on a data file and write it to the directory `output`.
+
+    options: the fields of `Settings` by name (rank=16, base="w4", rotate="r1,r4", ...). resume: go on from the last
+    checkpoint in `output`; start where there is none, and do nothing where the adapter is finished. In a process that
+    torchrun started this is one of several: the first alone writes and tells progress. Raises an RqcError: unusable
+    input, settings that do not fit the model, a loss that is no number, a full disk.
+    """
+    require_compile()
+    settings = Settings.from_values(options)
+    check_device(settings)
+    first = int(os.environ.get("RANK", "0")) == 0
+    run = Run(Path(output))
+    told: Progress = progress if progress is not None and first else Silent()
+    if first:
+        run.check_place(resume=resume)
+        if settings.export_plain is not None:
+            check_new(settings.export_plain)
+    with _quiet():
+        material = Material.read(model_dir, Path(data), settings, told)
+        identity = material.identity(settings)
+        if resume:
+            run.compare(identity)
+            if run.finished and not run.unfinished:
+                told.line(f"{output} is finished: nothing to do")
+                return FinetuneReport.from_json(read_object(run.output / TRAINING)["report"])
+        return _train(run, material, settings, identity, told, resume=resume, first=first)
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What an adapter is trained from: model, and examples to train and to evaluate on."""
+
+    model: Path
+    checkpoint: Checkpoint
+    fingerprint: str
+    train: Examples
+    held_out: Examples | None
+    pad_id: int
+    hashes: Mapping[str, str | None]
+
+    @classmethod
+    def read(cls, model_dir: str | Path, data: Path, settings: Settings, progress: Progress) -> Material:
+        """Read and tokenize. Raises CheckpointError and InputError."""
+        checkpoint = Checkpoint.open(model_dir)
+        tokenizer = read_training_tokenizer(model_dir)
+        config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+        architecture = Architecture.from_config(config.to_dict())
+        if settings.seq_len > architecture.context_length:
+            told = f"seq_len {settings.seq_len} is beyond the model's context of {architecture.context_length}"
+            raise InputError(told, hint=f"--seq-len {architecture.context_length} or less")
+        sizes = {"seq_len": settings.seq_len, "vocab_size": architecture.vocab_size}
+        examples = load_examples(data, tokenizer, **sizes)
+        progress.line(f"data: {examples.summary()}")
+        train, held_out = split(examples, settings.eval_split, settings.seed)
+        if settings.eval_data is not None:
+            held_out = load_examples(settings.eval_data, tokenizer, **sizes)
+        if held_out is not None:
+            progress.line(f"evaluation: {held_out.summary()}")
+        hashes = {"training data": _hash(train), "evaluation data": None if held_out is None else _hash(held_out)}
+        return cls(Path(model_dir), checkpoint, checkpoint.fingerprint(), train, held_out, tokenizer.pad_id, hashes)
+
+    def identity(self, settings: Settings) -> dict[str, Any]:
+        """What has to agree for a run to go on."""
+        return {"settings": settings.to_json(), "model": self.fingerprint, **self.hashes, "processes": processes()}
+
+
+def _train(
+    run: Run,
+    material: Material,
+    settings: Settings,
+    identity: Mapping[str, Any],
+    progress: Progress,
+    *,
+    resume: bool,
+    first: bool,
+) -> FinetuneReport:
+    started = time.perf_counter()
+    stage = build_stage(material.model, settings, progress)
+    _tell(stage, settings, progress)
+    if settings.export_plain is not None:
+        _plain(stage, material, settings)  # refused now rather than after hours
+    with run.opened(identity, resume=resume) if first else contextlib.nullcontext():
+        trainer = AdapterTrainer(stage, run, settings, (material.train, material.held_out), material.pad_id, progress)
+        state = _run(trainer, run.latest() if resume else None, progress)
+        log = log_of(state.log_history)
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        report = FinetuneReport(
+            adapter=str(run.output),
+            steps=state.global_step,
+            seconds=time.perf_counter() - started,
+            train_loss=sum(losses) / len(losses),
+            eval_loss=next((entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry), None),
+            trainable_parameters=stage.trainable_parameters,
+            base_bytes=stage.base_bytes,
+            float_bytes=stage.float_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+            dropped=material.train.dropped,
+            plain=None if settings.export_plain is None else str(settings.export_plain),
+        )
+        if first:
+            training = training_json(identity, report, log)
+            _write(run, stage, material, settings, training)
+        return report
+
+
+def _run(trainer: AdapterTrainer, checkpoint: Path | None, progress: Progress) -> TrainerState:
+    """Train, or go on, to the end; the state after it."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        progress.line(f"going on after step {state.global_step} of {state.max_steps}")
+        if state.global_step >= state.max_steps:  # Trainer would take one step more
+            trainer.load(checkpoint)
+            return state
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer.state
+
+
+def _write(run: Run, stage: Stage, material: Material, settings: Settings, training: Mapping[str, Any]) -> None:
+    """The adapter, in the model's own basis too if that is wanted, and what the training was."""
+    description = stage.reference.description
+    rotation = settings.rotation
+    basis = AdapterBasis(
+        rotation=rotation,
+        basis=rotation.basis(dimensions(description)) if rotation.sites else None,
+        base=material.fingerprint,
+        model_type=description.architecture.model_type,
+        grid=settings.grid,
+        base_kind=settings.base,
+        activations=settings.activations,
+        adapter_type=settings.adapter_type,
+        residual=bool(stage.residuals),
+    )
+    named = {"torch_names": torch_names(description), "base_model": material.model.name}
+    options: dict[str, Any] = {"rslora": settings.rslora, "dropout": settings.dropout, **named}
+    write_adapter(run.output, stage.deltas(), basis, residual=stage.residuals, **options)
+    if settings.export_plain is not None:
+        write_adapter(settings.export_plain, _plain(stage, material, settings), None, **options)
+        run.describe(settings.export_plain, training)
+    run.finish(training)
+
+
+def _plain(stage: Stage, material: Material, settings: Settings) -> dict[str, Delta]:
+    """The adapter in the model's own basis, for its float weights. Raises BasisMismatchError where there is none."""
+    found = {}
+    for name, delta in stage.deltas().items():
+        residual = stage.residuals.get(name)
+        whole = delta if residual is None else without(delta, residual)
+        description = stage.reference.description
+        found[name] = to_plain(name, whole, description, settings.rotation, material.checkpoint.read)
+    return found
+
+
+def _tell(stage: Stage, settings: Settings, progress: Progress) -> None:
+    progress.line(
+        f"{settings.adapter_type} on {len(stage.targets)} linears in the basis {settings.rotation}: "
+        f"{stage.trainable_parameters:,} trainable parameters"
+    )
+    progress.line(f"base {settings.base}: {memory_text(stage.base_bytes, stage.float_bytes)} (linears of the blocks)")
+
+
+def _hash(examples: Examples) -> str:
+    """sha256 over the tokens and labels of all examples, which tokenizer and template made as much as the file did."""
+    digest = hashlib.sha256()
+    for place in range(len(examples)):
+        example = examples[place]
+        digest.update(len(example["input_ids"]).to_bytes(8, "little"))
+        digest.update(example["input_ids"].numpy().tobytes() + example["labels"].numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' own log lines and bars off; what goes wrong is raised."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        transformers.logging.enable_progress_bar()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

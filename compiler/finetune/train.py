@@ -1,0 +1,284 @@
+"""The training itself: transformers' Trainer with batches of like lengths, whole checkpoints and an end to NaNs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from rqc.compiler.finetune.checkpoints import Run
+from rqc.compiler.finetune.data import Collate, Examples
+from rqc.compiler.finetune.examples import IGNORED
+from rqc.compiler.finetune.settings import Settings
+from rqc.compiler.finetune.stage import Stage
+from rqc.compiler.instruments import Progress
+from rqc.runtime.errors import ResourceError, TrainingError
+
+WEIGHTS = "trained.safetensors"
+"""The trained parameters in a checkpoint, by their names in the model."""
+LORA_PLUS_RATIO = 16
+"""How much faster LoRA+ trains B than A: what its authors use."""
+_POOLED_BATCHES = 50
+"""Batches that are sorted by length together."""
+
+
+class LengthBuckets(Sampler[int]):
+    """Places of examples in an order that changes with the epoch: shuffled, but so that neighbours are of like length.
+
+    The order is a function of seed and epoch alone, so that a resumed run sees the batches that it would have seen.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        """batch: examples that are padded together, or one after the other."""
+        self.lengths, self.batch, self.seed = lengths, batch, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        shuffled = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool = self.batch * _POOLED_BATCHES
+        batches = []
+        for start in range(0, len(shuffled), pool):
+            pooled = sorted(shuffled[start : start + pool], key=lambda place: -self.lengths[place])
+            batches += [pooled[first : first + self.batch] for first in range(0, len(pooled), self.batch)]
+        full = [batch for batch in batches if len(batch) == self.batch]
+        rest = [batch for batch in batches if len(batch) < self.batch]  # stays at the end: batches keep their bounds
+        order = torch.randperm(len(full), generator=generator).tolist()
+        for batch in [*(full[place] for place in order), *rest]:
+            yield from batch
+
+
+class _Told(TrainerCallback):  # type: ignore[misc]
+    """Progress, and the epoch for the sampler."""
+
+    def __init__(self, sampler: LengthBuckets, progress: Progress) -> None:
+        self.sampler, self.progress = sampler, progress
+        self.loss = math.nan
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sampler.epoch = int(state.epoch or 0)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            label = f"training: step {state.global_step} of {state.max_steps}, loss {logs['loss']:.4f}"
+            self.progress.advance(label, state.global_step, state.max_steps)
+        if "eval_loss" in logs:
+            self.progress.line(f"evaluation after step {state.global_step}: loss {logs['eval_loss']:.4f}")
+
+
+class AdapterTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer of adapters whose checkpoints hold the trained parameters and appear whole or not at all.
+
+    Raises TrainingError at the step whose loss or gradient is no number, before it changes a parameter, and
+    ResourceError where a checkpoint cannot be written.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        run: Run,
+        settings: Settings,
+        data: tuple[Examples, Examples | None],
+        pad_id: int,
+        progress: Progress,
+    ) -> None:
+        """data: examples to train on, and to evaluate on if there are any."""
+        train, held_out = data
+        self.run = run
+        self.settings = settings
+        self._saving = False
+        arguments = training_arguments(run, settings, evaluates=held_out is not None)
+        together = settings.batch_size * settings.grad_accum * arguments.world_size
+        self.sampler = LengthBuckets(train.lengths, together, settings.seed)
+        super().__init__(
+            stage.model,
+            arguments,
+            data_collator=Collate(pad_id),
+            train_dataset=train,
+            eval_dataset=held_out,
+            callbacks=[_Told(self.sampler, progress)],
+        )
+        self.remove_callback(PrinterCallback)
+        if held_out is not None:  # in steps, for Trainer saves the state of an epoch before it evaluates it
+            per_epoch = math.ceil(len(self.get_train_dataloader()) / settings.grad_accum)
+            self.args.eval_steps = settings.eval_steps or per_epoch
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """What is trained, by name."""
+        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW, or peft's LoRA+ (arXiv 2402.12354): AdamW with a faster rate for B."""
+        if self.optimizer is None and self.settings.optimizer == "lora-plus":
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options |= {"loraplus_lr_ratio": LORA_PLUS_RATIO, "loraplus_weight_decay": self.settings.weight_decay}
+            self.optimizer: Any = create_loraplus_optimizer(self.model, kind, **options)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        """The loss of one batch, and its gradients."""
+        loss: Tensor = super().training_step(*arguments, **options)
+        if not torch.isfinite(loss):
+            raise self._lost(f"the loss is {loss.item()}")
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.args.fp16 or norm is None:  # the scaler of float16 leaves such a step out and lowers its scale
+            return norm
+        if not math.isfinite(float(norm)):
+            raise self._lost("the gradient is not finite")
+        return norm
+
+    def _lost(self, what: str) -> TrainingError:
+        kept = f"; step {self.run.step()} is kept in {self.run.folder}" if self.run.unfinished else ""
+        return TrainingError(
+            f"{what} at step {self.state.global_step + 1}{kept}",
+            hint="a lower --lr, another --seed, or --dtype fp32; and look at the data",
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.sampler
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run.writing if self._saving else self.run.folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write under another name, then rename; with several processes, when all of them have written."""
+        self._saving = True
+        try:
+            with _written(self.state.global_step):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.run.commit()
+            self.accelerator.wait_for_everyone()
+        finally:
+            self._saving = False
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            values = {name: each.detach().cpu().contiguous() for name, each in self.parameters.items()}
+            save_file(values, folder / WEIGHTS)
+
+    def load(self, checkpoint: Path) -> None:
+        """Take the trained parameters of a checkpoint."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(saved[name])
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The mean loss of the predicted tokens: batches count by their tokens, not by their number."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.inference_mode():
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
+                with self.compute_loss_context_manager():
+                    loss = self.model_wrapped(**inputs).loss
+                total += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64, device=total.device)
+        summed = self.accelerator.reduce(total)
+        loss_mean = float(summed[0] / summed[1])
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss_mean}, len(dataloader.dataset))
+
+
+def processes() -> int:
+    """How many processes torchrun (or accelerate) started for this training."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_device(settings: Settings) -> str:
+    """cpu or cuda. Raises ResourceError for a device that is not there or cannot train in the type asked for."""
+    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        raise ResourceError("device cuda: PyTorch sees no GPU", hint="--device cpu, or auto")
+    on_cpu = settings.device == "cpu" or not cuda
+    if settings.dtype == "fp16" and on_cpu:
+        raise ResourceError("dtype fp16 on a CPU: its gradients would vanish", hint="--dtype bf16 or fp32")
+    return "cpu" if on_cpu else "cuda"
+
+
+def training_arguments(run: Run, settings: Settings, *, evaluates: bool) -> TrainingArguments:
+    """What a Trainer is to be told."""
+    on_cpu = check_device(settings) == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(run.folder),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.grad_accum,
+        learning_rate=settings.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=1,
+        seed=settings.seed,
+        optim="adamw_torch",
+        use_cpu=on_cpu,
+        bf16=settings.dtype == "bf16",
+        fp16=settings.dtype == "fp16",
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        label_names=["labels"],
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        ddp_backend="gloo" if on_cpu and processes() > 1 else None,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:  # several GPUs by torchrun, one process each: DataParallel would copy the hooks wrongly
+        arguments._n_gpu = 1
+    return arguments
+
+
+@contextlib.contextmanager
+def _written(step: int) -> Iterator[None]:
+    """Tell what PyTorch and safetensors say of a full disk as one error."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ResourceError(
+            f"the checkpoint of step {step} cannot be written: {reason}", hint="free some space, then --resume"
+        ) from error
