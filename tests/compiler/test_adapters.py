@@ -9,75 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from peft_adapters import mean_kl, peft_logits, save_peft
+from tiny_adapters import IDS, W4, Lines, basis_of, engine_logits, mean_kl, peft_logits, random_deltas, save_peft
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
-from rqc.models.adapter import AdapterBasis
+from rqc.models.adapter import Adapter, write_adapter
+from rqc.models.adapter_frames import to_frame
 from rqc.models.algebra import dimensions
+from rqc.models.checkpoint import Checkpoint
 from rqc.models.delta import Delta
 from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
-from rqc.runtime.engine import Engine
+from rqc.runtime.container import EngineFile
+from rqc.runtime.errors import BasisMismatchError, InputError, SchemeError
 
 TinyModel = Callable[..., Path]
-IDS = np.random.default_rng(5).integers(0, 96, 40)
 FAMILIES = ("llama", "llama-bias", "llama-tied", "smollm3", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma")
 POST_NORM = ("olmo2", "gemma2", "gemma3")
-
-
-class Lines:
-    """Progress as a list."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def advance(self, label: str, done: int, total: int) -> None:
-        pass
-
-
-def engine_logits(path: Path) -> np.ndarray:
-    with Engine.load(path, threads=1) as engine:
-        return engine.logits(IDS.tolist())
-
-
-def linears(directory: Path) -> dict[str, tuple[int, int]]:
-    """Shapes of all linears of the blocks, by the graph's names."""
-    description = import_model(directory).description
-    return {claim.weight: description.shape(claim) for claim in description.claims if claim.quantized}
-
-
-def random_deltas(directory: Path, rank: int = 4, size: float = 0.05, pool: int = 1) -> dict[str, Delta]:
-    """Low-rank parts for every linear; A constant in blocks of `pool` inputs."""
-    draw = np.random.default_rng(7)
-    deltas = {}
-    for name, (n, k) in linears(directory).items():
-        a = np.repeat(draw.normal(size=(rank, -(-k // pool))), pool, axis=1)[:, :k] / np.sqrt(k)
-        deltas[name] = Delta(a, size * draw.normal(size=(n, rank)), 2.0)
-    return deltas
-
-
-def basis_of(directory: Path, sites: str, **fields: Any) -> AdapterBasis:
-    imported = import_model(directory)
-    rotation = Rotation.parse(sites)
-    values: dict[str, Any] = {
-        "rotation": rotation,
-        "basis": rotation.basis(dimensions(imported.description)) if rotation.sites else None,
-        "base": imported.checkpoint.fingerprint(),
-        "model_type": imported.description.architecture.model_type,
-        "grid": None,
-        "base_kind": "float",
-        "activations": 16,
-        "adapter_type": "lora",
-        "residual": False,
-    }
-    return AdapterBasis(**{**values, **fields})
-
-
-W4 = {"grid": Grid(4, 16, False, "mse"), "base_kind": "w4"}
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *POST_NORM])
@@ -106,3 +54,140 @@ def test_every_frame_takes_every_kind(
     adapter = save_peft(directory, tmp_path / "adapter", **config)
     compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme="fp32", rotate=sites)
     assert mean_kl(peft_logits(directory, adapter, IDS), engine_logits(tmp_path / "e.plan")) <= 1e-7
+
+
+def trained_in(directory: Path, sites: str, plain: Path, target: Path, **fields: Any) -> Path:
+    """The adapter `plain` as training in a basis would have written it."""
+    imported = import_model(directory)
+    rotation, read = Rotation.parse(sites), imported.checkpoint.read
+    opened = Adapter.open(plain, imported.description)
+    deltas = {n: to_frame(n, delta, imported.description, rotation, read) for n, delta in opened.deltas.items()}
+    write_adapter(target, deltas, basis_of(directory, sites, adapter_type=opened.kind, **fields))
+    return target
+
+
+@pytest.mark.parametrize("sites", ["none", "r1,r4", "r1,r2,r3,r4"])
+@pytest.mark.parametrize("name", ["llama-bias", "llama-tied", "gemma"])
+def test_an_adapter_brings_its_basis_along(name: str, sites: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model(name)
+    plain = save_peft(directory, tmp_path / "plain")
+    adapter = trained_in(directory, sites, plain, tmp_path / "adapter")
+    expected = peft_logits(directory, plain, IDS)
+    report = compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme="fp32")
+    assert report.rotation == {"chosen": str(Rotation.parse(sites)), "scores": None}
+    assert mean_kl(expected, engine_logits(tmp_path / "e.plan")) <= 1e-7
+    assert EngineFile.open(tmp_path / "e.plan").manifest["rotation"]["sites"] == sorted(Rotation.parse(sites).sites)
+    for options in ({"rotate": "r2,r4"}, {"rotate": "none"}, {"rotate": "r1,r2", "rotation_seed": 3}):
+        compile_engine(directory, tmp_path / "other.plan", adapter=adapter, scheme="fp32", **options)
+        assert mean_kl(expected, engine_logits(tmp_path / "other.plan")) <= 1e-7
+
+
+def test_a_seed_of_its_own_is_a_basis_of_its_own(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("llama-tied")
+    plain = save_peft(directory, tmp_path / "plain")
+    adapter = trained_in(directory, "r1,r4", plain, tmp_path / "adapter")
+    compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme="fp32", rotation_seed=4)
+    assert EngineFile.open(tmp_path / "e.plan").manifest["rotation"]["seed"] == 4
+    assert mean_kl(peft_logits(directory, plain, IDS), engine_logits(tmp_path / "e.plan")) <= 1e-7
+
+
+def test_what_cannot_leave_its_basis_is_refused_by_both_hashes(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("llama16")
+    dims = dimensions(import_model(directory).description)
+    for place, (pool, fields) in enumerate([(1, W4), (16, {"adapter_type": "qalora"})]):
+        adapter = tmp_path / f"adapter-{place}"
+        write_adapter(adapter, random_deltas(directory, pool=pool), basis_of(directory, "r1,r4", **fields))
+        with pytest.raises(BasisMismatchError) as error:
+            compile_engine(directory, tmp_path / "e.plan", adapter=adapter, rotate="r1,r2")
+        for sites in ("r1,r4", "r1,r2"):
+            assert Rotation.parse(sites).basis(dims)[:12] in error.value.message
+        with pytest.raises(BasisMismatchError, match="none"):
+            compile_engine(directory, tmp_path / "e.plan", adapter=adapter, rotate="none")
+    assert not list(tmp_path.glob("*.plan*"))
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    mine, other = tiny_model("llama16"), tiny_model("llama16", rms_norm_eps=1e-5)
+    write_adapter(tmp_path / "adapter", random_deltas(mine), basis_of(mine, "r1"))
+    with pytest.raises(InputError) as error:
+        compile_engine(other, tmp_path / "e.plan", adapter=tmp_path / "adapter")
+    assert Checkpoint.open(mine).fingerprint() in error.value.message
+    assert Checkpoint.open(other).fingerprint() in error.value.message
+
+
+def test_dora_does_not_leave_a_basis_that_mixed_its_rows(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("llama16")
+    draw = np.random.default_rng(1)
+    deltas = {
+        name: Delta(delta.a, delta.b, delta.scale, draw.uniform(1, 2, delta.shape[0]))
+        for name, delta in random_deltas(directory).items()
+    }
+    write_adapter(tmp_path / "adapter", deltas, basis_of(directory, "r1,r4", adapter_type="dora"))
+    compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", scheme="fp32")
+    with pytest.raises(BasisMismatchError, match="DoRA"):
+        compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", scheme="fp32", rotate="none")
+
+
+# the grid
+
+
+def test_an_adapter_brings_its_grid_along(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("llama16")
+    write_adapter(tmp_path / "adapter", random_deltas(directory), basis_of(directory, "r4", **W4))
+    compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter")
+    manifest = EngineFile.open(tmp_path / "e.plan").manifest
+    found = {key: manifest[key] for key in ("scheme", "group_size", "symmetric", "clip")}
+    assert found == {"scheme": "w4a8", "group_size": 16, "symmetric": False, "clip": "mse"}
+    compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", scheme="w4a4", group_size=16)
+    assert EngineFile.open(tmp_path / "e.plan").manifest["scheme"] == "w4a4"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"group_size": 32}, ("--group-size 32", "--group-size 16")),
+        ({"symmetric": True}, ("--symmetric", "--asymmetric")),
+        ({"clip": "none"}, ("--clip none", "--clip mse")),
+        ({"scheme": "w8a8"}, ("w8a8", "base of 4")),
+        ({"scheme": "fp32"}, ("fp32", "base of 4")),
+    ],
+)
+def test_another_grid_is_refused_by_both_values(
+    options: dict[str, Any], named: tuple[str, str], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    directory = tiny_model("llama16")
+    write_adapter(tmp_path / "adapter", random_deltas(directory), basis_of(directory, "r4", **W4))
+    with pytest.raises(SchemeError) as error:
+        compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", **options)
+    assert all(word in error.value.message for word in named)
+
+
+def test_a_recipe_file_that_names_another_grid_is_refused_too(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("llama16")
+    write_adapter(tmp_path / "adapter", random_deltas(directory), basis_of(directory, "r4", **W4))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('adapter = "adapter"\ngroup-size = 32\n')
+    with pytest.raises(SchemeError, match="--group-size 32"):
+        compile_engine(directory, tmp_path / "e.plan", recipe=recipe)
+    report = compile_engine(directory, tmp_path / "e.plan", recipe=recipe, group_size=16)
+    assert report.survival is not None
+
+
+@pytest.mark.parametrize(("kind", "scheme"), [("w3", "w3a16"), ("w2", "w2a16")])
+def test_a_narrow_base_makes_its_scheme_the_default(
+    kind: str, scheme: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    directory, lines = tiny_model("llama16"), Lines()
+    grid = {"grid": Grid(int(kind[1]), 32, True, "none"), "base_kind": kind}
+    write_adapter(tmp_path / "adapter", random_deltas(directory), basis_of(directory, "none", **grid))
+    compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", progress=lines)
+    assert EngineFile.open(tmp_path / "e.plan").manifest["scheme"] == scheme
+    assert any(line.startswith(f"scheme {scheme}") for line in lines.lines)
+
+
+def test_nf4_has_no_engine(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("llama16")
+    write_adapter(tmp_path / "adapter", random_deltas(directory), basis_of(directory, "r4", base_kind="nf4"))
+    with pytest.raises(SchemeError, match="NF4") as error:
+        compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter")
+    assert "--base w4" in error.value.hint
