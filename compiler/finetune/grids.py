@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
@@ -15,13 +14,11 @@ from rqc.models.adapter_frames import frame_folds
 from rqc.models.algebra import Array
 from rqc.models.grid import Grid
 from rqc.models.grid_linear import GridLinear
+from rqc.models.loftq import LoftQ, loftq
 from rqc.models.nf4 import NormalFloat
 from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
 from rqc.models.weights import Weight
-
-if TYPE_CHECKING:
-    from rqc.models.loftq import LoftQ
 
 
 def grid_of(settings: Settings) -> Grid | NormalFloat | None:
@@ -58,8 +55,6 @@ def find_starts(
 
     The weights are those that a compile quantizes: folded in float64, without a cast in between.
     """
-    from rqc.models.loftq import loftq
-
     grid = grid_of(settings)
     assert grid is not None
     found: dict[str, LoftQ] = {}

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +25,9 @@ from rqc.compiler.instruments import Progress
 from rqc.models.delta import Delta
 from rqc.models.fake_quant import round_inputs_ste, training_grids
 from rqc.models.grid_linear import GridLinear
+from rqc.models.loftq import LoftQ
 from rqc.models.pooled import attach, delta_of, set_factors
 from rqc.models.reference import Reference
-
-if TYPE_CHECKING:
-    from rqc.models.loftq import LoftQ
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEFT_INITS = {"default": True, "loftq": True}

@@ -1,0 +1,86 @@
+"""A fine-tune as a whole, on tiny models: what is written is what was trained, whatever the type, base and basis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetuning import give_voice, held_out, loss, merged, write_records
+from peft import PeftModel
+
+import rqc
+from rqc.models.torch_model import load_torch_model
+
+TinyModel = Callable[..., Path]
+QUICK: dict[str, Any] = {"rank": 4, "max_steps": 3, "batch_size": 4, "seq_len": 64, "lr": 1e-2, "eval_split": 6}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "plain": {"rotate": "none"},
+    "all sites": {"rotate": "r1,r2,r3,r4", "rotation_seed": 3},
+    "block": {"hadamard": "block"},
+    "dora": {"adapter_type": "dora"},
+    "rslora": {"rslora": True},
+    "some modules": {"target_modules": "q_proj,down_proj"},
+    "lora-plus": {"optimizer": "lora-plus"},
+    "gaussian": {"init": "gaussian"},
+    "orthogonal": {"init": "orthogonal"},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora"},
+    "w4": {"base": "w4"},
+    "w4 asymmetric": {"base": "w4", "symmetric": False, "group_size": 16, "clip": "none"},
+    "w2": {"base": "w2"},
+    "w3 dora": {"base": "w3", "adapter_type": "dora"},
+    "nf4": {"base": "nf4"},
+    "loftq": {"base": "w2", "init": "loftq", "alpha": 8},
+    "loftq nf4": {"base": "nf4", "init": "loftq"},
+    "qalora": {"adapter_type": "qalora", "base": "w4", "group_size": 16},
+    "qahira": {"adapter_type": "qahira", "base": "w4", "group_size": 16},
+    "qahira shared": {"adapter_type": "qahira", "base": "w4", "group_size": 16, "pool": 32, "repeat": 4},
+    "qbara": {"adapter_type": "qbara"},
+    "w4a8": {"base": "w4", "activations": 8},
+    "a4": {"activations": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_records(tmp_path_factory.mktemp("data") / "records.jsonl")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_adapter_that_is_written_is_the_one_that_was_trained(
+    variant: str, tiny_model: TinyModel, data: Path, tmp_path: Path
+) -> None:
+    model = give_voice(tiny_model("llama16"))
+    report = rqc.finetune(model, data, tmp_path / "adapter", **{**QUICK, **VARIANTS[variant]})
+    examples = held_out(model, data, QUICK["eval_split"])
+    expected = loss(merged(model, tmp_path / "adapter").model, examples)
+    assert report.eval_loss == pytest.approx(expected, rel=1e-5)
+    assert report.steps == 3
+    log = json.loads((tmp_path / "adapter" / "training.json").read_text())["log"]
+    assert [entry["step"] for entry in log] == [1, 2, 3]
+    assert log[-1]["eval_loss"] == report.eval_loss
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "qwen3", "phi3", "gemma", "granite", "mixtral"])
+def test_families(family: str, tiny_model: TinyModel, data: Path, tmp_path: Path) -> None:
+    model = give_voice(tiny_model(family))
+    report = rqc.finetune(model, data, tmp_path / "adapter", **QUICK)
+    examples = held_out(model, data, QUICK["eval_split"])
+    assert report.eval_loss == pytest.approx(loss(merged(model, tmp_path / "adapter").model, examples), rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["lora", "all sites", "pissa", "rslora"])
+def test_the_plain_export_opens_with_peft_on_the_untouched_model(
+    variant: str, tiny_model: TinyModel, data: Path, tmp_path: Path
+) -> None:
+    model = give_voice(tiny_model("llama-tied"))
+    options = {**QUICK, **VARIANTS[variant], "export_plain": tmp_path / "plain"}
+    report = rqc.finetune(model, data, tmp_path / "adapter", **options)
+    opened = PeftModel.from_pretrained(load_torch_model(model), str(tmp_path / "plain")).eval()
+    found = loss(opened, held_out(model, data, QUICK["eval_split"]))
+    assert report.eval_loss == pytest.approx(found, rel=1e-5)
+    assert report.plain == str(tmp_path / "plain")
