@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rqc.compiler.stored import StoredGraph, StoredLinear
-from rqc.models.grid import Grid
+from rqc.compiler.stored_sides import StoredSide
+from rqc.models.delta import Delta, magnitude_ratio, row_norms
+from rqc.models.grid import Grid, quantize
 from rqc.models.packing import Quantized, by_block
 from rqc.models.reference import Reference
 
@@ -18,9 +21,12 @@ FLOAT_LIMITS = {"float32": 1e-6, "float16": 1e-3}
 MOST = 0.9
 """No grid moves a weight further; the weight of another model lies at √2."""
 TIE = 1e-3
-"""Steps by which a code may be off the nearest one: ties fall either way."""
+"""Steps by which a code may be off the nearest one, and a zero point off an integer: ties fall either way."""
+SIDE_LIMIT = 2e-6
+"""Relative distance to which float32 may move an adapter's branch or correction."""
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Belonging:
     name: str
     distance: float
     allowed: float
-    misplaced: int
+    misplaced: int = 0
 
     @property
     def strain(self) -> float:
@@ -38,36 +44,161 @@ class Belonging:
         return self.distance / self.allowed
 
 
-def adopt_weights(stored: StoredGraph, reference: Reference, bits: dict[str, int]) -> list[Belonging]:
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """What an engine computes beside its linears, and what an adapter asks for there, by weight name.
+
+    grid: the engine's, without its width. as_stored: the reference is to compute with base and side paths exactly as
+    they are stored (zero points moved, rows scaled), not with the base that they were made from.
+    """
+
+    sides: Mapping[str, StoredSide] = field(default_factory=dict)
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
+    grid: Mapping[str, Any] = field(default_factory=dict)
+    as_stored: bool = False
+
+
+def adopt_weights(
+    stored: StoredGraph, reference: Reference, bits: dict[str, int], beside: Beside | None = None
+) -> list[Belonging]:
     """Measure every stored linear and table against the (folded) reference, then let the reference compute with it.
 
     bits: the width of each quantized linear's grid, by the manifest's names. Head and embedding may differ from now on.
     """
     reference.untie()
-    return [_adopt(stored, linear, reference, bits.get(label, 0)) for label, linear in stored.linears.items()]
+    beside = beside or Beside()
+    return [
+        belonging
+        for label, linear in stored.linears.items()
+        for belonging in _adopt(stored, linear, reference, bits.get(label, 0), beside)
+    ]
 
 
-def _adopt(stored: StoredGraph, linear: StoredLinear, reference: Reference, bits: int) -> Belonging:
-    parts = [reference.parts[name] for name in linear.names]
-    wanted = np.concatenate([part.weight.numpy() for part in parts])
-    found, allowed, misplaced = _stored(stored, linear, wanted, bits)
+def _adopt(
+    stored: StoredGraph, linear: StoredLinear, reference: Reference, bits: int, beside: Beside
+) -> list[Belonging]:
+    whole = stored.quantized(linear, bits) if linear.quantized else stored.floats(linear)
+    found, first = [], 0
+    for name in linear.names:
+        wanted = reference.parts[name].weight.numpy()
+        rows = slice(first, first + len(wanted))
+        first = rows.stop
+        weight = whole[rows] if isinstance(whole, np.ndarray) else _rows(whole, rows)
+        adopted = _Adopted(name, wanted, weight, beside)
+        found += adopted.judge()
+        reference.set_weight(name, adopted.base())
+    return found
+
+
+@dataclass(eq=False)
+class _Adopted:
+    """A stored weight beside the float one, and what the engine and the adapter have beside them.
+
+    factors: what the engine's rows are scaled by, DoRA's m / n; zeros: the zero points before any merge.
+    """
+
+    name: str
+    wanted: F32
+    stored: Quantized | NDArray[np.generic]
+    beside: Beside
+    factors: F64 = field(init=False)
+    original: Quantized | None = field(init=False)
+    astray: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.delta = self.beside.deltas.get(self.name)
+        self.side = self.beside.sides.get(self.name)
+        self.factors = self._factors()
+        self.original = self.stored if isinstance(self.stored, Quantized) else None
+        if self.original is not None and self.side is not None and self.side.corrections:
+            self.original = self._unmerged(self.original)
+
+    def base(self) -> F32:
+        """The weight with which the reference is to compute."""
+        if not isinstance(self.stored, Quantized):
+            return np.array(self.stored, np.float32)
+        if self.beside.as_stored:
+            return self.stored.dequantize()
+        assert self.original is not None
+        return (self.original.dequantize() / np.where(self.factors == 0, 1, self.factors)[:, None]).astype(np.float32)
+
+    def judge(self) -> list[Belonging]:
+        """How far the weight is from what it should be, and what runs beside it."""
+        wanted = (self.wanted * self.factors[:, None]).astype(np.float32)
+        if self.original is None:
+            raw = self.stored
+            assert isinstance(raw, np.ndarray)
+            distance = relative(raw.astype(np.float32), wanted)
+            found = [Belonging(self.name, distance, FLOAT_LIMITS[str(raw.dtype)])]
+        else:
+            distance = relative(self.original.dequantize(), wanted)
+            misplaced = misplaced_codes(self.original, wanted) + self.astray
+            found = [Belonging(self.name, distance, _allowed(self.original, wanted), misplaced)]
+        return found if self.side is None else [*found, *self._judge_side(self.side)]
+
+    def _factors(self) -> F64:
+        """m / n of every row, n = ‖Ŵ + ΔW‖; ones where there is no DoRA beside the weight."""
+        if self.delta is None or self.delta.magnitude is None:
+            return np.ones(len(self.wanted))
+        base = self.wanted.astype(np.float64)
+        if isinstance(self.stored, Quantized):
+            base = quantize(self.wanted, Grid(self.stored.bits, **self.beside.grid)).dequantize().astype(np.float64)
+        return magnitude_ratio(self.delta.magnitude, row_norms(base + self.delta.dense()))
+
+    def _offsets(self, shape: tuple[int, int], block: int) -> F64:
+        """What the adapter adds to each row and block [N, G], by the first column of its A in every block."""
+        if self.delta is None:
+            return np.zeros(shape)
+        offsets: F64 = self.factors[:, None] * ((self.delta.scale * self.delta.b) @ self.delta.a[:, ::block])
+        return offsets
+
+    def _unmerged(self, stored: Quantized) -> Quantized:
+        """The weight with the zero points from which a merge moved: corr = D + s (zr − z). Counts the codes in blocks
+        where z is no integer."""
+        assert self.side is not None
+        s, moved = stored.scales.astype(np.float64), stored.stored_zero_points().astype(np.float64)
+        offsets = self._offsets(s.shape, stored.block_size)
+        rest = offsets - self.side.correction(s.shape)
+        z = moved + np.divide(rest, s, out=np.zeros_like(s), where=s != 0)
+        whole = np.clip(np.rint(z), 0, 255)
+        self.astray = int((np.abs(z - whole) > TIE).sum()) * stored.block_size
+        return replace(stored, zero_points=whole.astype(np.uint8), padding=None)
+
+    def _judge_side(self, side: StoredSide) -> list[Belonging]:
+        """The branch against c B A, the correction against D + s (zr − z)."""
+        found = []
+        if side.branches:
+            delta = np.zeros(self.wanted.shape) if self.delta is None else self.delta.dense()
+            wanted = self.factors[:, None] * delta
+            found.append(Belonging(f"{self.name} branch", relative(side.branch(wanted.shape), wanted), SIDE_LIMIT))
+        if side.corrections and isinstance(self.stored, Quantized) and self.original is not None:
+            s = self.stored.scales.astype(np.float64)
+            zeros = [one.stored_zero_points().astype(np.float64) for one in (self.stored, self.original)]
+            offsets = self._offsets(s.shape, self.stored.block_size)
+            wanted, corrections = offsets + s * (zeros[0] - zeros[1]), side.correction(s.shape)
+            norm = float(np.linalg.norm(offsets))
+            off = float(np.linalg.norm(corrections - wanted))
+            # the sum is rounded to float32 once, and may be much larger than the offset in it
+            allowed = SIDE_LIMIT * (1 + float(np.linalg.norm(wanted)) / norm) if norm else SIDE_LIMIT
+            found.append(Belonging(f"{self.name} correction", off / norm if norm else float(off > 0), allowed))
+        return found
+
+
+def _rows(quantized: Quantized, rows: slice) -> Quantized:
+    zeros = quantized.zero_points
+    return replace(
+        quantized,
+        codes=quantized.codes[rows],
+        scales=quantized.scales[rows],
+        zero_points=None if zeros is None else zeros[rows],
+        padding=None,
+    )
+
+
+def relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """‖found − wanted‖ / ‖wanted‖; where nothing is wanted, whether something is there."""
     norm = float(np.linalg.norm(wanted))
-    distance = float(np.linalg.norm(found - wanted)) / norm if norm else float(np.linalg.norm(found) > 0)
-    start = 0
-    for name, part in zip(linear.names, parts, strict=True):
-        rows = len(part.weight)
-        reference.set_weight(name, np.array(found[start : start + rows]))
-        start += rows
-    return Belonging(linear.label, distance, allowed, misplaced)
-
-
-def _stored(stored: StoredGraph, linear: StoredLinear, wanted: F32, bits: int) -> tuple[F32, float, int]:
-    """The stored weight as float32, the relative distance that its storage allows, and its misplaced codes."""
-    if not linear.quantized:
-        raw = stored.floats(linear)
-        return raw.astype(np.float32), FLOAT_LIMITS[str(raw.dtype)], 0
-    quantized = stored.quantized(linear, bits)
-    return quantized.dequantize(), _allowed(quantized, wanted), misplaced_codes(quantized, wanted)
+    return float(np.linalg.norm(found - wanted)) / norm if norm else float(np.linalg.norm(found) > 0)
 
 
 def _allowed(quantized: Quantized, wanted: F32) -> float:

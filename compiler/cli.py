@@ -142,6 +142,9 @@ def compile_(
 def verify(
     engine: EnginePath,
     model_dir: ModelDir,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The adapter that the engine was compiled with.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to compare.")] = 2048,
     window: Annotated[int, typer.Option(help="Tokens of one window, capped at the context.")] = 1024,
@@ -158,7 +161,16 @@ def verify(
     from rqc.compiler.verify import verify_engine
 
     with result_on_stdout() as emit:
-        report = verify_engine(engine, model_dir, text=text, tokens=tokens, window=window, gates=gates, threads=threads)
+        report = verify_engine(
+            engine,
+            model_dir,
+            adapter=adapter,
+            text=text,
+            tokens=tokens,
+            window=window,
+            gates=gates,
+            threads=threads,
+        )
         value, idle = report.to_json(), [gate.name for gate in report.gates if not gate.counts]
         emit(value, parity_text(value, idle, report.notes), as_json)
     if not report.passed:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from rqc.compiler.belonging import relative
 from rqc.compiler.probe import feed
 from rqc.compiler.stored import StoredGraph, StoredLinear
 from rqc.models.description import EMBEDDING, HEAD
@@ -57,9 +58,14 @@ def activation_grids(stored: StoredGraph, bits: int) -> dict[str, ActivationGrid
 
 
 def quantize_activations(stored: StoredGraph, reference: Reference, bits: int) -> None:
-    """Let the reference round what its linears read, on the grids that the engine has."""
-    grids = activation_grids(stored, bits)
-    quantize_inputs(reference, {name: grid for label, grid in grids.items() for name in stored.linears[label].names})
+    """Let the reference round what its linears read, on the grids that the engine has.
+
+    8 bits: a kernel rounds, and what runs beside its linear reads x as it is. Fewer: the graph rounds for both.
+    """
+    grids = {
+        name: grid for label, grid in activation_grids(stored, bits).items() for name in stored.linears[label].names
+    }
+    quantize_inputs(reference, grids, linear_alone=bits == 8)
 
 
 def compare_linears(
@@ -74,7 +80,7 @@ def compare_linears(
     checks = [_linear(stored, linear, record, found, grids.get(linear.label), threads) for linear in linears]
     scores = found.get("logits")
     if scores is not None:
-        checks.append(LinearParity("logits", scores.size, 1.0, 0, _relative(scores, logits), 0.0))
+        checks.append(LinearParity("logits", scores.size, 1.0, 0, relative(scores, logits), 0.0))
     return checks
 
 
@@ -108,11 +114,11 @@ def _linear(
     x, y = record.inputs[linear.names[0]], _output(record, linear)
     engine_x = found[_name(linear.input)]
     session = _session(stored, [_name(linear.input)], [_name(value) for value in linear.outputs], threads)
-    error = _relative(_alone(session, x), y)
+    error = relative(_alone(session, x), y)
     if grid is None:
-        return LinearParity(linear.label, x.size, 1.0, 0, max(error, _relative(engine_x, x)), 0.0)
+        return LinearParity(linear.label, x.size, 1.0, 0, max(error, relative(engine_x, x)), 0.0)
     off = np.abs(grid.codes(engine_x).astype(np.int16) - grid.codes(x))
-    rounded = _relative(_alone(session, engine_x), y)
+    rounded = relative(_alone(session, engine_x), y)
     return LinearParity(linear.label, x.size, float((off == 0).mean()), int(off.max()), error, rounded)
 
 
@@ -124,12 +130,6 @@ def _alone(session: ort.InferenceSession, x: F32) -> NDArray[Any]:
 
 def _output(record: Recording, linear: StoredLinear) -> F32:
     return np.concatenate([record.outputs[name] for name in linear.names], axis=-1)
-
-
-def _relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """‖found − expected‖ / ‖expected‖."""
-    norm = float(np.linalg.norm(expected))
-    return float(np.linalg.norm(found - expected)) / norm if norm else float(np.linalg.norm(found) > 0)
 
 
 def _session(stored: StoredGraph, inputs: Sequence[str], outputs: Sequence[str], threads: int) -> ort.InferenceSession:

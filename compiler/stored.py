@@ -92,7 +92,7 @@ class StoredGraph:
         node = linear.nodes[0]
         value = node.inputs[0 if linear.names == (EMBEDDING,) else 1]
         producer = value.producer() if value is not None else None
-        stored = self._array(producer.inputs[0] if producer is not None else value)
+        stored = self.array(producer.inputs[0] if producer is not None else value)
         transposed = node.op_type == "MatMul" and (producer is None or producer.op_type != "Transpose")
         return stored.T if transposed else stored
 
@@ -104,15 +104,15 @@ class StoredGraph:
         else:
             codes, scales, zeros = node.inputs[0], node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
             width = -1
-        packed, steps = self._array(codes), np.asarray(self._array(scales), np.float32)
+        packed, steps = self.array(codes), np.asarray(self.array(scales), np.float32)
         unpacked = unpack(packed.reshape(len(packed), -1).view(np.uint8), storage)
         steps = steps.reshape(len(unpacked), -1)
         points = np.full(steps.shape, 1 << (storage - 1), np.uint8)
         if zeros is not None:
-            points = unpack(self._array(zeros).reshape(len(unpacked), -1).view(np.uint8), storage)[:, : steps.shape[1]]
+            points = unpack(self.array(zeros).reshape(len(unpacked), -1).view(np.uint8), storage)[:, : steps.shape[1]]
         return Quantized(unpacked[:, :width] if width > 0 else unpacked, steps, points, bits, storage, block)
 
-    def _array(self, value: ir.Value | None) -> NDArray[np.generic]:
+    def array(self, value: ir.Value | None) -> NDArray[np.generic]:
         """An initializer's values, from the mapped file or, if it is small, from the graph."""
         assert value is not None
         if value.name in self.file.tensors:

@@ -1,8 +1,11 @@
-"""rqc verify: an engine against PyTorch. What must agree with what, and to which limit, is decided here."""
+"""rqc verify: an engine against PyTorch. What must agree with what, and to which limit, is decided here.
+
+With an adapter, PyTorch means the PEFT model: plain peft on the model, or on the model folded into the adapter's basis.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +13,19 @@ from typing import Any
 
 import torch
 
-from rqc.compiler.belonging import Belonging, adopt_weights
-from rqc.compiler.gates import Gate, check_limits, judge
+from rqc.compiler.adapted import Adapted, check_presence, delta_of
+from rqc.compiler.belonging import Belonging, Beside, adopt_weights
+from rqc.compiler.gates import FAITHFUL_KL, Gate, check_limits, judge
 from rqc.compiler.linearwise import compare_linears, quantize_activations, worst
 from rqc.compiler.parity import Divergence, Ids, Logits, compare, cut, perplexity
 from rqc.compiler.scheme import Scheme
+from rqc.compiler.side_modules import compute_as_stored
 from rqc.compiler.stored import StoredGraph
+from rqc.compiler.stored_sides import read_sides
 from rqc.compiler.text import parity_text, read_text
 from rqc.models.algebra import dimensions
 from rqc.models.checkpoint import Checkpoint
+from rqc.models.delta import Delta
 from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
 from rqc.runtime.container import EngineFile
@@ -66,6 +73,7 @@ def verify_engine(
     engine: str | Path,
     model_dir: str | Path,
     *,
+    adapter: str | Path | None = None,
     text: str | Path | None = None,
     tokens: int = 2048,
     window: int = 1024,
@@ -73,16 +81,18 @@ def verify_engine(
     threads: int | None = None,
     token_ids: Sequence[int] | None = None,
 ) -> ParityReport:
-    """Compare an engine with the model that it was compiled from.
+    """Compare an engine with the model that it was compiled from, and with `adapter`, the directory of the adapter that
+    it was compiled with.
 
-    fp32 is compared with the model itself; fp16 and weight-only schemes with the model folded and rotated by the same
-    algebra that computes with the engine's own stored weights, which must be this model's. Schemes that quantize
-    activations are compared linear by linear, and in perplexity with the same fake quantization; their divergence is
-    given against the float model.
+    fp32 is compared with the model itself, or with the PEFT model that the adapter makes of it; fp16 and weight-only
+    schemes with the same, folded and rotated by the algebra of the graph, that computes with the engine's own stored
+    weights, which must be this model's. Schemes that quantize activations are compared linear by linear, and in
+    perplexity with the same fake quantization; their divergence is given against the float model.
 
     text: a .txt, .json or .jsonl file, the text that ships if None; token_ids: ids to use instead. tokens: how many of
     them, in windows of `window` (at most the context). gates: limits by name. Raises InputError (also for an engine of
-    another model), BasisMismatchError, EngineFormatError, CheckpointError; a failed gate raises nothing: see `passed`.
+    another model or adapter), BasisMismatchError, EngineFormatError, CheckpointError; a failed gate raises nothing: see
+    `passed`.
     """
     if tokens < 2 or window < 2:
         raise InputError(
@@ -92,12 +102,15 @@ def verify_engine(
         scheme = Scheme.parse(str(file.manifest["scheme"]))
         check_limits(gates or {}, scheme)
         _same_model(file, model_dir)
+        check_presence(file, adapter)
         with _threads(threads), Engine(file, threads=threads, spin=False) as loaded:
             ids = list(token_ids) if token_ids is not None else loaded.tokenize(_text(text))
             windows = cut(ids, tokens, min(window, loaded.context_length))
             if not windows:
                 raise InputError(f"the text has {len(ids)} tokens", hint="name a longer text")
-            return _Verification(file, loaded, Reference.load(model_dir), scheme, windows, gates or {}).run(tokens)
+            reference = Reference.load(model_dir)
+            adapted = None if adapter is None else Adapted.open(file, model_dir, Path(adapter), reference.description)
+            return _Verification(file, loaded, reference, scheme, windows, gates or {}, adapted).run(tokens)
 
 
 @dataclass
@@ -110,31 +123,35 @@ class _Verification:
     scheme: Scheme
     windows: list[Ids]
     limits: Mapping[str, float]
+    adapted: Adapted | None = None
     notes: list[str] = field(default_factory=list)
+    weights: list[Belonging] = field(default_factory=list)
+    frame_gates: list[Gate] = field(default_factory=list)
 
     def run(self, asked: int) -> ParityReport:
         rotation, tied = self._frame()
         used = sum(len(ids) for ids in self.windows)
         if used < asked:
             self.notes.append(f"{used} tokens compared, {asked} asked for: the text is shorter")
+        if self.adapted is not None:
+            self.reference = self.adapted.trained()
+            self.notes.extend(self.adapted.notes)
         if self.scheme.name == "fp32":
             measured = compare(self.windows, self.reference.logits, self._scores)
-            return self._report(used, measured, measured[1], [], {"mean_kl": measured[0].mean_kl})
+            return self._report(used, measured, measured[1], {"mean_kl": measured[0].mean_kl})
         if self.scheme.quantizes_activations:
             return self._rounded(used, rotation, tied)
         ppl_reference = perplexity(self.windows, self.reference.logits)
-        self.reference.rotate(rotation, tied=tied)
-        weights = self._adopt(StoredGraph.read(self.file))
+        self._adopt(StoredGraph.read(self.file), rotation, tied)
         measured = compare(self.windows, self.reference.logits, self._scores)
-        return self._report(used, measured, ppl_reference, weights, {"mean_kl": measured[0].mean_kl})
+        return self._report(used, measured, ppl_reference, {"mean_kl": measured[0].mean_kl})
 
     def _rounded(self, used: int, rotation: Rotation, tied: bool) -> ParityReport:
         """A scheme that quantizes activations: linear by linear and in perplexity; its logits against the float
         model's."""
         measured = compare(self.windows, self.reference.logits, self._scores)
         stored, bits = StoredGraph.read(self.file), self.scheme.activation_bits
-        self.reference.rotate(rotation, tied=tied)
-        weights = self._adopt(stored)
+        self._adopt(stored, rotation, tied)
         quantize_activations(stored, self.reference, bits)
         checks = compare_linears(stored, self.reference, self.windows[0][:PROBE_TOKENS], bits, self.engine.threads)
         self.notes.extend(worst(checks))
@@ -148,7 +165,7 @@ class _Verification:
             "ppl_fidelity": max(measured[2] / same, same / measured[2]),
         }
         self.notes.append(f"perplexity of the same fake quantization in PyTorch: {same:.4f}")
-        return self._report(used, measured, measured[1], weights, faithful)
+        return self._report(used, measured, measured[1], faithful)
 
     def _scores(self, ids: Ids) -> Iterator[Logits]:
         """The engine's logits for one window, in pieces."""
@@ -168,17 +185,45 @@ class _Verification:
             )
         return rotation, description.architecture.tied and self.file.manifest["tied"] != "untie"
 
-    def _adopt(self, stored: StoredGraph) -> list[Belonging]:
-        rows = self.file.manifest["layers"]
-        bits = {row["name"]: int(row["bits"]) for row in rows if "bits" in row}
-        return adopt_weights(stored, self.reference, bits)
+    def _adopt(self, stored: StoredGraph, rotation: Rotation, tied: bool) -> None:
+        """Bring the reference into the engine's frame and let it compute with the engine's weights, which are judged.
+
+        With rounded activations it computes what stands beside them as stored too: errors must not be spread over two
+        linears. Without, that is left to peft.
+        """
+        sides = read_sides(stored, {name: len(part.weight) for name, part in self.reference.parts.items()})
+        deltas = {}
+        if self.adapted is None:
+            self.reference.rotate(rotation, tied=tied)
+        else:
+            deltas = self._into_frame(self.adapted, sides.keys(), rotation, tied)
+        manifest = self.file.manifest
+        grid = {name: manifest[name] for name in ("group_size", "symmetric", "clip")}
+        as_stored = self.scheme.quantizes_activations
+        bits = {row["name"]: int(row["bits"]) for row in manifest["layers"] if "bits" in row}
+        self.weights = adopt_weights(stored, self.reference, bits, Beside(sides, deltas, grid, as_stored))
+        if as_stored:
+            compute_as_stored(stored, self.reference, sides)
+
+    def _into_frame(
+        self, adapted: Adapted, beside: Collection[str], rotation: Rotation, tied: bool
+    ) -> dict[str, Delta]:
+        """Take the PEFT model into the engine's frame, with a gate on it; what it adds beside its linears there."""
+        ids = self.windows[0][:PROBE_TOKENS]
+        trained = self.reference.logits(ids)
+        self.reference = adapted.framed(rotation, tied=tied, beside=beside)
+        deltas = {name: delta_of(self.reference.parts[name]) for name in adapted.adapter.deltas if name in beside}
+        self.reference.rotate_online(rotation, tied=tied)
+        if adapted.base_is_float:
+            divergence, _, _ = compare([ids], lambda _: trained, lambda ids: iter([self.reference.logits(ids)]))
+            self.frame_gates.append(Gate("adapter_kl", divergence.mean_kl, FAITHFUL_KL))
+        return deltas
 
     def _report(
         self,
         used: int,
         measured: tuple[Divergence, float, float],
         ppl_reference: float,
-        weights: list[Belonging],
         faithful: Mapping[str, float],
     ) -> ParityReport:
         divergence, _, ppl_engine = measured
@@ -189,7 +234,7 @@ class _Verification:
             "ppl_engine": ppl_engine,
             "ppl_ratio": ppl_engine / ppl_reference,
         }
-        gates = [*self._weight_gates(weights), *judge(self.scheme, faithful, values, self.limits)]
+        gates = [*self.frame_gates, *self._weight_gates(), *judge(self.scheme, faithful, values, self.limits)]
         return ParityReport(
             used,
             divergence.max_abs,
@@ -199,20 +244,20 @@ class _Verification:
             ppl_reference,
             gates,
             self.notes,
-            weights,
+            self.weights,
         )
 
-    def _weight_gates(self, weights: list[Belonging]) -> list[Gate]:
+    def _weight_gates(self) -> list[Gate]:
         """The worst stored weight, and after rounding to nearest: no code that is not the nearest."""
-        if not weights:
+        if not self.weights:
             return []
-        worst = max(weights, key=lambda found: found.strain)
+        worst = max(self.weights, key=lambda found: found.strain)
         self.notes.append(
             f"weights: furthest from the model is {worst.name}, {worst.distance:.3g} of {worst.allowed:.3g} allowed"
         )
         gates = [Gate("weights", worst.distance, worst.allowed)]
         if self.scheme.quantized and self.file.manifest["method"] == "rtn":
-            gates.append(Gate("misplaced_codes", float(sum(found.misplaced for found in weights)), 0.0))
+            gates.append(Gate("misplaced_codes", float(sum(found.misplaced for found in self.weights)), 0.0))
         return gates
 
 

@@ -86,12 +86,15 @@ def round_inputs_ste(reference: Reference, grids: Mapping[str, ActivationGrid]) 
         module.register_forward_pre_hook(lambda _, args, grid=grid: (fake_quantize_ste(args[0], grid), *args[1:]))
 
 
-def quantize_inputs(reference: Reference, grids: Mapping[str, ActivationGrid]) -> None:
-    """Round what the named linears read, behind the rotation before them if any. Parts of one module share a grid."""
+def quantize_inputs(reference: Reference, grids: Mapping[str, ActivationGrid], *, linear_alone: bool = False) -> None:
+    """Round what the named linears read, behind the rotation before them if any. Parts of one module share a grid.
+
+    linear_alone: what runs beside a linear in a wrapper, such as an adapter, reads x as it is.
+    """
     memo = _Memo()
     done: set[int] = set()
     for name, grid in grids.items():
-        module = reference.parts[name].module
+        module = reference.parts[name].linear if linear_alone else reference.parts[name].module
         if id(module) not in done:
             done.add(id(module))
             module.register_forward_pre_hook(lambda _, args, grid=grid: (memo.round(args[0], grid), *args[1:]))
@@ -120,11 +123,11 @@ class Recording:
 
 @contextmanager
 def recording(reference: Reference, names: Iterable[str]) -> Iterator[Recording]:
-    """Record the named linears while the context is open; one run is kept, the last."""
+    """Record the named linears, without what wraps them, while the context is open; one run is kept, the last."""
     record = Recording()
     handles = []
     for name in names:
-        module, rows = reference.parts[name].module, reference.parts[name].rows
+        module, rows = reference.parts[name].linear, reference.parts[name].rows
 
         def keep(_: Any, args: tuple[Tensor, ...], out: Tensor, name: str = name, rows: slice = rows) -> None:
             record.inputs[name] = args[0].reshape(-1, args[0].shape[-1]).numpy()

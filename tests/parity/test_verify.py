@@ -213,8 +213,8 @@ def test_a_basis_that_is_not_the_recorded_one_is_refused(
 def test_weights_of_another_seed_fail(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory, plain = tiny_model("llama-tied", initializer_range=0.1), manifests.manifest_of
 
-    def believed(imported: Any, model: Any, recipe: Any, rotation: Any) -> dict[str, Any]:
-        return plain(imported, model, recipe, type(rotation)(rotation.sites, rotation.hadamard, seed=1))
+    def believed(imported: Any, model: Any, recipe: Any, rotation: Any, *rest: Any) -> dict[str, Any]:
+        return plain(imported, model, recipe, type(rotation)(rotation.sites, rotation.hadamard, seed=1), *rest)
 
     monkeypatch.setattr(manifests, "manifest_of", believed)
     report = verified(compiled(directory, tmp_path, "w4a16"), directory)

@@ -1,0 +1,89 @@
+"""What an engine computes beside its linears, read back from the file: the branches and corrections of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from rqc.compiler.stored import HINT, StoredGraph
+from rqc.passes.base import BRANCH_A, BRANCH_B, OFFSET
+from rqc.runtime.errors import EngineFormatError
+
+F64 = NDArray[np.float64]
+Stored = NDArray[np.generic]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSide:
+    """All that an engine adds to one linear's output: y += Σ (x aᵀ) bᵀ + Σ P_g(x) cᵀ.
+
+    branches: pairs a [r, in], b [out, r]; corrections: c [out, G], for block sums of x.
+    """
+
+    branches: tuple[tuple[Stored, Stored], ...] = ()
+    corrections: tuple[Stored, ...] = ()
+
+    def branch(self, shape: tuple[int, int]) -> F64:
+        """The branches as one matrix [out, in]."""
+        total = np.zeros(shape)
+        for a, b in self.branches:
+            total += b.astype(np.float64) @ a.astype(np.float64)
+        return total
+
+    def correction(self, shape: tuple[int, int]) -> F64:
+        """The corrections as one matrix [out, G]."""
+        return sum((c.astype(np.float64) for c in self.corrections), np.zeros(shape))
+
+    def dense(self, shape: tuple[int, int], block: int) -> F64:
+        """Everything as one matrix [out, in], for blocks of that size."""
+        groups = -(-shape[1] // block)
+        return self.branch(shape) + np.repeat(self.correction((shape[0], groups)), block, axis=1)[:, : shape[1]]
+
+
+def read_sides(stored: StoredGraph, rows: Mapping[str, int]) -> dict[str, StoredSide]:
+    """The side paths of an engine by the weight that they run beside; rows: outputs of each weight.
+
+    Raises EngineFormatError for marks that do not fit together.
+    """
+    sides: dict[str, StoredSide] = {}
+    for node in stored.model.graph:
+        names = node.metadata_props.get(BRANCH_B) or node.metadata_props.get(OFFSET)
+        if not names:
+            continue
+        factor = stored.array(node.inputs[1]).T
+        down = _down(stored, node) if BRANCH_B in node.metadata_props else None
+        start = 0
+        for name in names.split("+"):
+            part = factor[start : start + rows.get(name, 0)]
+            start += len(part)
+            known = sides.get(name, StoredSide())
+            if down is None:
+                sides[name] = StoredSide(known.branches, (*known.corrections, part))
+            else:
+                sides[name] = StoredSide((*known.branches, (down, part)), known.corrections)
+        if start != len(factor):
+            raise EngineFormatError(
+                f"{stored.file.path}: {node.name} has {len(factor)} outputs, its linears have {start}", hint=HINT
+            )
+    return sides
+
+
+def _down(stored: StoredGraph, node: ir.Node) -> Stored:
+    """The a [r, in] whose product a branch's second half reads: all ranks, or those that a Split gives it."""
+    value = node.inputs[0]
+    producer = value.producer() if value is not None else None
+    ranks = slice(None)
+    if producer is not None and producer.op_type == "Split":
+        lengths = np.asarray(stored.array(producer.inputs[1]), np.int64)
+        index = next(i for i, output in enumerate(producer.outputs) if output is value)
+        first = int(lengths[:index].sum())
+        ranks = slice(first, first + int(lengths[index]))
+        value = producer.inputs[0]
+        producer = value.producer() if value is not None else None
+    if producer is None or BRANCH_A not in producer.metadata_props:
+        raise EngineFormatError(f"{stored.file.path}: {node.name} is half of a branch", hint=HINT)
+    return stored.array(producer.inputs[1]).T[ranks]
