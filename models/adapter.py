@@ -12,10 +12,10 @@ from pathlib import Path
 
 from rqc.models.adapter_basis import BASIS_FILE, AdapterBasis
 from rqc.models.adapter_config import CONFIG_FILE, AdapterConfig
-from rqc.models.adapter_read import read_deltas, read_residual
+from rqc.models.adapter_read import read_deltas, read_residual, without_tables
 from rqc.models.adapter_tensors import read_tensors
 from rqc.models.adapter_write import MARK, RESIDUAL_FILE, WEIGHTS_FILE, write_adapter
-from rqc.models.algebra import dimensions
+from rqc.models.algebra import Read, dimensions
 from rqc.models.delta import Delta
 from rqc.models.description import Description
 from rqc.runtime.errors import BasisMismatchError, InputError
@@ -39,8 +39,11 @@ class Adapter:
     fingerprint: str
 
     @classmethod
-    def open(cls, directory: str | Path, description: Description) -> Adapter:
+    def open(cls, directory: str | Path, description: Description, read: Read | None = None) -> Adapter:
         """Read an adapter of the described model; `description.architecture.tied` tells whether its head stays tied.
+
+        `read` gives the base's weights. Only an adapter on lm_head needs it: peft saves the table of the base along
+        with it, which must be the base's.
 
         Raises InputError for what is missing, damaged or of another model, UnsupportedModelError for features that are
         no low-rank update of linears.
@@ -52,6 +55,7 @@ class Adapter:
         tensors, metadata = read_tensors(_weights(path))
         basis = AdapterBasis.read(path)
         _check_mark(path, basis, metadata.get(MARK))
+        tensors = without_tables(tensors, description, read)
         deltas, compact = read_deltas(tensors, config, description)
         residual = {} if basis is None or not basis.residual else read_residual(path / RESIDUAL_FILE, description)
         kind = "dora" if config.dora else "qalora" if compact else "lora"

@@ -23,7 +23,7 @@ def export_plain(
     Raises BasisMismatchError, with the reason, for an adapter that has no counterpart there: a LoftQ adapter, whose
     updates hold the quantization error of its base, and what `to_plain` refuses.
     """
-    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter, description)
+    opened = adapter if isinstance(adapter, Adapter) else Adapter.open(adapter, description, read)
     if opened.basis is not None and opened.basis.residual:
         raise BasisMismatchError(
             f"{opened.directory} is a LoftQ adapter: it holds what quantization took from its base, and would put that "

@@ -17,16 +17,19 @@ import numpy as np
 from rqc.models.adapter_config import CONFIG_FILE, AdapterConfig
 from rqc.models.adapter_names import expected_shape, graph_index, module_path, unknown_module
 from rqc.models.adapter_tensors import read_tensors
+from rqc.models.algebra import Read
 from rqc.models.delta import Array, Delta
-from rqc.models.description import HEAD, Description
+from rqc.models.description import EMBEDDING, HEAD, Description
 from rqc.models.grid import BLOCK_SIZES
-from rqc.runtime.errors import InputError, UnsupportedModelError
+from rqc.runtime.errors import CheckpointError, InputError, UnsupportedModelError
 
 _KEY = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?")
 """module.lora_A.weight; an adapter's name may stand before "weight", and DoRA's vector may come without it."""
 _MERGE = "merge it with peft (merge_and_unload) and compile the merged model"
+_TABLE = re.compile(r"(?:.*\.)?(lm_head|embed_tokens)(?:\.base_layer)?\.weight")
+"""Tables of the base model, which peft saves along where lm_head or the embedding is a target."""
 _FOREIGN = (
-    (re.compile(r"lora_embedding_[AB]|lora_magnitude_vector.*embed"), "an update of an embedding", _MERGE),
+    (re.compile(r"lora_embedding_[AB]"), "an update of an embedding", _MERGE),
     (re.compile(r"modules_to_save"), "a whole module trained beside it (modules_to_save)", _MERGE),
     (re.compile(r"lora_B.*\.bias$"), "a bias in a B factor (lora_bias)", _MERGE),
     (re.compile(r"\.bias$"), "a bias trained beside it", _MERGE),
@@ -42,6 +45,35 @@ class _Parts:
 
     tensors: dict[str, Array] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+
+
+def without_tables(tensors: Mapping[str, Array], description: Description, read: Read | None) -> dict[str, Array]:
+    """The tensors but for tables of the base, each of which must be the base's own.
+
+    `read` gives the base's weights; without it a table is refused. Raises UnsupportedModelError for another table: it
+    was trained, or has rows for added tokens.
+    """
+    rest = {}
+    for key, values in tensors.items():
+        match = _TABLE.fullmatch(key)
+        if match is None:
+            rest[key] = values
+        elif read is None or not _is_base(values, HEAD if match[1] == "lm_head" else EMBEDDING, description, read):
+            raise UnsupportedModelError(
+                f"the adapter brings a table of its own, {key!r}: trained, or with tokens added", hint=_MERGE
+            )
+    return rest
+
+
+def _is_base(values: Array, name: str, description: Description, read: Read) -> bool:
+    """Whether a saved table is that of the base, but for rounding to 16 bits (2⁻⁸ of every value)."""
+    try:
+        own = read(name)
+    except CheckpointError:
+        if name != HEAD:
+            raise
+        own = read(EMBEDDING)  # tied: stored once
+    return own.shape == values.shape and bool((np.abs(values - own) <= np.abs(own) / 256 + 2.0**-24).all())
 
 
 def read_deltas(
