@@ -132,24 +132,25 @@ def layers(model: ir.Model) -> list[dict[str, Any]]:
     online rotations counted by site."""
     rows = []
     for node in model.graph:
+        if beside := _beside(node):
+            rows.append(beside)
+            continue
         form = next((form for value in node.inputs if (form := _form(node, value)) is not None), None)
         name = node.metadata_props.get(LINEAR)
         if form is not None and (name is not None or node.op_type in ("Gather", "GatherBlockQuantized")):
             rows.append({"name": name or EMBEDDING, "op": node.op_type, **form})
-        rows += _beside(node)
     products = [node for node in model.graph if ONLINE in node.metadata_props and node.op_type == "MatMul"]
     online = Counter(node.metadata_props[ONLINE] for node in products)
     return rows + [{"name": f"online {site}", "op": "MatMul", "count": online[site]} for site in sorted(online)]
 
 
-def _beside(node: ir.Node) -> list[dict[str, Any]]:
+def _beside(node: ir.Node) -> dict[str, Any] | None:
     """The row of a product that an adapter runs beside a linear: a branch's factor or a correction of zero points."""
     for mark, kind in ((BRANCH_A, "branch A"), (BRANCH_B, "branch B"), (OFFSET, "correction")):
         if mark in node.metadata_props:
-            name = f"{node.metadata_props[mark]} {kind}"
             shape = [int(size) for size in reversed(sizes(node.inputs[1]))]
-            return [{"name": name, "op": node.op_type, "bits": 32, "shape": shape}]
-    return []
+            return {"name": f"{node.metadata_props[mark]} {kind}", "op": node.op_type, "bits": 32, "shape": shape}
+    return None
 
 
 def _form(node: ir.Node, value: ir.Value | None) -> dict[str, Any] | None:
