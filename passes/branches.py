@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from rqc.models.delta import Delta
 from rqc.models.quantized import LazyQuantized, Update
-from rqc.passes.base import BRANCH_A, BRANCH_B, Pass
+from rqc.passes.base import ADAPTER, BRANCH_A, BRANCH_B, Pass
 from rqc.passes.quantize import quantize_again
-from rqc.passes.side_paths import F32, addressed, dequantize_of, join, lazy_of, product, side_tensor
+from rqc.passes.side_paths import F32, addressed, dequantize_of, join, lazy_of, product, side_tensor, updated
 from rqc.runtime.errors import InputError, SchemeError
 
 
@@ -51,6 +51,15 @@ def _cast(factor: NDArray[np.float64]) -> F32:
     return cast
 
 
+def branches_of(node: ir.Node) -> tuple[Branch, ...]:
+    """The branches whose factors a product of a branch (x Aᵀ or t Bᵀ) holds."""
+    factor = node.inputs[1]
+    assert factor is not None
+    assert factor.const_value is not None
+    found: tuple[Branch, ...] = factor.const_value.meta[ADAPTER]
+    return found
+
+
 class AddBranches(Pass):
     """y ← y + (x Aᵀ)(c B)ᵀ beside every linear in `deltas`; x is what the linear reads, rotated online or not.
 
@@ -71,12 +80,14 @@ class AddBranches(Pass):
         return f"{len(self.deltas)} linears, rank {rank}"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        present = {node.metadata_props[BRANCH_A] for node in model.graph if BRANCH_A in node.metadata_props}
+        present = {node.metadata_props[BRANCH_A]: node for node in model.graph if BRANCH_A in node.metadata_props}
         modified = False
         for name, node, delta in addressed(model, self.deltas):
             if name not in present:
                 _add(model, node, name, Branch(delta, _scaled(model, node, name, delta)))
                 modified = True
+            elif branches_of(present[name])[0].delta is not delta:
+                raise SchemeError(f"{name} has a branch of another adapter", hint="add the factors of both in one pass")
         return ir.passes.PassResult(model, modified=modified)
 
 
@@ -87,13 +98,7 @@ def _scaled(model: ir.Model, node: ir.Node, name: str, delta: Delta) -> LazyQuan
     dequantize = dequantize_of(node)
     if dequantize is None:
         raise SchemeError(f"a DoRA beside {name}, which is stored as floats", hint="--merge fold")
-    base = lazy_of(dequantize)
-    if any(base.updates):
-        raise SchemeError(f"a DoRA beside {name}, which holds another update already", hint="--merge fold")
-    try:
-        scaled = base.updated(Update(delta, pooled=False))
-    except InputError as error:
-        raise InputError(f"{name}: {error.message}", hint=error.hint) from error
+    scaled = updated(name, lazy_of(dequantize), Update(delta, pooled=False))
     quantize_again(model, dequantize, scaled)
     return scaled
 

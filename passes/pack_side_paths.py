@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from rqc.models.quantized import LazyQuantized
 from rqc.passes.base import (
-    ADAPTER,
     BRANCH_A,
     BRANCH_B,
     JOIN,
@@ -24,7 +23,7 @@ from rqc.passes.base import (
     replace_uses,
     sizes,
 )
-from rqc.passes.branches import Branch
+from rqc.passes.branches import Branch, branches_of
 from rqc.passes.pack import MICROSOFT
 from rqc.passes.quantize import quantized_of
 from rqc.passes.side_paths import F32, product, side_tensor
@@ -153,7 +152,7 @@ def _hoist_branches(model: ir.Model, packed: _Packed, ups: dict[str, ir.Node]) -
     """x [A₁ᵀ, A₂ᵀ, …], then a block-diagonal product, or one for each part where its zeros would be too many."""
     downs = [_producer(up) for up in ups.values()]
     stack = packed.quantized()
-    branches = {name: _rebased(_branches(up)[0], stack, packed.columns[name].start) for name, up in ups.items()}
+    branches = {name: _rebased(branches_of(up)[0], stack, packed.columns[name].start) for name, up in ups.items()}
     scope = f"{packed.scope}/branch"
     down = _stacked(model, packed.x, list(branches.items()), f"{packed.scope}.branch_a", f"{scope}/a")
     full = sum(branch.delta.rank for branch in branches.values()) * packed.width
@@ -265,7 +264,7 @@ def _stack_products(model: ir.Model) -> bool:
 
 def _stack(model: ir.Model, nodes: list[ir.Node]) -> None:
     branches = [
-        pair for node in nodes for pair in zip(node.metadata_props[BRANCH_A].split("+"), _branches(node), strict=True)
+        pair for node in nodes for pair in zip(node.metadata_props[BRANCH_A].split("+"), branches_of(node), strict=True)
     ]
     stem = branches[0][0].removesuffix(".weight")
     down = _stacked(model, _input(nodes[0], 0), branches, f"{stem}.branches_a", f"{stem}/branches/a")
@@ -275,15 +274,6 @@ def _stack(model: ir.Model, nodes: list[ir.Node]) -> None:
     for node, part in zip(nodes, split.outputs, strict=True):
         replace_uses(node.outputs[0], part)
         _drop(model, node)
-
-
-def _branches(node: ir.Node) -> tuple[Branch, ...]:
-    """The branches whose factors a product of a side path holds."""
-    factor = node.inputs[1]
-    assert factor is not None
-    assert factor.const_value is not None
-    found: tuple[Branch, ...] = factor.const_value.meta[ADAPTER]
-    return found
 
 
 def _addend(add: ir.Node) -> ir.Node:

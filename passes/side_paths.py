@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rqc.models.delta import Delta
-from rqc.models.quantized import LazyQuantized
+from rqc.models.quantized import LazyQuantized, Update
 from rqc.passes.base import (
     ADAPTER,
     BRANCH_A,
@@ -21,10 +21,11 @@ from rqc.passes.base import (
     lazy_initializer,
     linears,
     replace_uses,
+    sizes,
 )
 from rqc.passes.pack import bias_add
 from rqc.passes.quantize import quantized_of
-from rqc.runtime.errors import SchemeError, UnsupportedModelError
+from rqc.runtime.errors import InputError, SchemeError, UnsupportedModelError
 
 F32 = NDArray[np.float32]
 
@@ -32,14 +33,20 @@ F32 = NDArray[np.float32]
 def addressed(model: ir.Model, deltas: Mapping[str, Delta]) -> Iterator[tuple[str, ir.Node, Delta]]:
     """(name, node, delta) of the linears that `deltas` names, in graph order.
 
-    Raises UnsupportedModelError for a name that no linear of the graph has.
+    Raises UnsupportedModelError for a name that no linear of the graph has, InputError for a delta of another shape.
     """
     nodes = dict(linears(model))
-    for name in deltas:
+    for name, delta in deltas.items():
         if name not in nodes:
             raise UnsupportedModelError(
                 f"the adapter has a part for {name!r}, which is no linear of the graph",
                 hint="adapters are put beside linears before these are packed, and never beside tables",
+            )
+        shape = sizes(nodes[name].inputs[1])[::-1]
+        if delta.shape != shape:
+            raise InputError(
+                f"{name}: an update of {list(delta.shape)} for a weight of {list(shape)}",
+                hint="the adapter is of another model",
             )
     for name, node in nodes.items():
         if name in deltas:
@@ -70,6 +77,16 @@ def lazy_of(dequantize: ir.Node) -> LazyQuantized:
     quantized = quantized_of(dequantize.inputs[0])
     assert quantized is not None
     return quantized
+
+
+def updated(name: str, base: LazyQuantized, update: Update) -> LazyQuantized:
+    """A linear's weight with an update on it. Raises InputError or SchemeError, naming the linear, if it cannot be."""
+    if any(base.updates):
+        raise SchemeError(f"{name} holds another adapter already", hint="add the factors of both in one pass")
+    try:
+        return base.updated(update)
+    except InputError as error:
+        raise InputError(f"{name}: {error.message}", hint=error.hint) from error
 
 
 def side_tensor(

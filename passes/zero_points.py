@@ -11,8 +11,8 @@ from rqc.models.delta import Delta
 from rqc.models.quantized import LazyQuantized, Update
 from rqc.passes.base import OFFSET, SUMS, Pass, constant, initializer, insert_after
 from rqc.passes.quantize import quantize_again
-from rqc.passes.side_paths import F32, addressed, dequantize_of, join, lazy_of, product, side_tensor
-from rqc.runtime.errors import InputError, SchemeError
+from rqc.passes.side_paths import F32, addressed, dequantize_of, join, lazy_of, product, side_tensor, updated
+from rqc.runtime.errors import SchemeError
 
 
 class MergeZeroPoints(Pass):
@@ -41,12 +41,10 @@ class MergeZeroPoints(Pass):
             if dequantize is None:
                 raise SchemeError(f"{name} is stored as floats, without zero points", hint="--merge fold")
             base = lazy_of(dequantize)
-            if any(base.updates):
+            update = Update(delta, pooled=True)
+            if update in base.updates:
                 continue
-            try:
-                merged = base.updated(Update(delta, pooled=True))
-            except InputError as error:
-                raise InputError(f"{name}: {error.message}", hint=error.hint) from error
+            merged = updated(name, base, update)
             quantize_again(model, dequantize, merged)
             _correct(model, node, name, merged)
             modified = True
