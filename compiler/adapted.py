@@ -64,14 +64,15 @@ class Adapted:
         """The adapter of an engine. Raises InputError for another one, and what `Adapter.open` and `check` raise."""
         tied = description.architecture.tied and file.manifest["tied"] != "untie"
         description = replace(description, architecture=replace(description.architecture, tied=tied))
-        adapter = Adapter.open(directory, description)
+        checkpoint = Checkpoint.open(model_dir)
+        adapter = Adapter.open(directory, description, checkpoint.read)
         recorded = str(file.manifest["adapter"]["fingerprint"])
         if adapter.fingerprint != recorded:
             raise InputError(
                 f"{file.path} holds the adapter {recorded[:12]}, {directory} is {adapter.fingerprint[:12]}",
                 hint="give the adapter that the engine was compiled with",
             )
-        adapter.check(description, Checkpoint.open(model_dir).fingerprint())
+        adapter.check(description, checkpoint.fingerprint())
         return cls(Path(model_dir), adapter, description)
 
     @property
@@ -111,10 +112,9 @@ class Adapted:
             for name, delta in self.adapter.deltas.items():
                 _install(reference.parts[name], to_plain(name, delta, self.description, self.own, read))
         self._merge_all_but(reference, beside)
-        for name in self.adapter.deltas:
-            if name in beside:
-                part = reference.parts[name]
-                _install(part, to_frame(name, delta_of(part), self.description, rotation, read))
+        plain = {name: delta_of(reference.parts[name]) for name in self.adapter.deltas if name in beside}
+        for name, delta in plain.items():
+            _install(reference.parts[name], to_frame(name, delta, self.description, rotation, read))
         reference.fold(rotation, tied=tied)
         return reference
 

@@ -3,11 +3,14 @@
 The reference runs once and is recorded. What lies between the engine's linears (norms, RoPE, attention, online
 Hadamards, activation functions, the grid) is cut out of its graph and fed with the reference's outputs of every linear;
 the inputs that it makes of them must lie on the same codes. Then each linear runs alone, on the reference's codes.
+
+An adapter's side paths read x as it is at 8 bits, and are part of what lies between the linears. At 6 and 4 bits they
+read the rounded x, and an error would travel through them: there they are part of their linear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,24 +76,39 @@ def compare_linears(
 ) -> list[LinearParity]:
     """Every quantized linear of the engine against a reference with the engine's weights and rounded activations."""
     linears = [linear for label, linear in stored.linears.items() if linear.quantized and label != EMBEDDING]
-    with recording(reference, [name for linear in linears for name in linear.names]) as record:
+    ends = {linear.label: _ends(linear, bits) for linear in linears}
+    joined = [name for linear in linears if ends[linear.label] == [linear.joined] for name in linear.names]
+    with recording(reference, [name for linear in linears for name in linear.names], wrapped=joined) as record:
         logits = reference.logits(ids)
-    found = _between(stored, linears, record, ids, threads)
+    found = _between(stored, linears, ends, record, ids, threads)
     grids = activation_grids(stored, bits)
-    checks = [_linear(stored, linear, record, found, grids.get(linear.label), threads) for linear in linears]
+    checks = [
+        _linear(stored, linear, ends[linear.label], record, found, grids.get(linear.label), threads)
+        for linear in linears
+    ]
     scores = found.get("logits")
     if scores is not None:
         checks.append(LinearParity("logits", scores.size, 1.0, 0, relative(scores, logits), 0.0))
     return checks
 
 
+def _ends(linear: StoredLinear, bits: int) -> list[ir.Value]:
+    """Values whose sum is what a linear writes: below 8 bits with what an adapter adds, if that sum has a name."""
+    return linear.outputs if bits == 8 or linear.joined is None else [linear.joined]
+
+
 def _between(
-    stored: StoredGraph, linears: Sequence[StoredLinear], record: Recording, ids: NDArray[np.int64], threads: int
+    stored: StoredGraph,
+    linears: Sequence[StoredLinear],
+    ends: Mapping[str, list[ir.Value]],
+    record: Recording,
+    ids: NDArray[np.int64],
+    threads: int,
 ) -> dict[str, F32]:
     """What the engine's linears read, [tokens, in] by value name, when all of them write what the reference's do."""
     given: dict[str, F32] = {}
     for linear in linears:
-        first, *others = (_name(value) for value in linear.outputs)
+        first, *others = (_name(value) for value in ends[linear.label])
         given[first] = _output(record, linear)[None]
         given |= {name: np.zeros_like(given[first]) for name in others}
     wanted = {_name(linear.input) for linear in linears} | {"logits"}
@@ -106,6 +124,7 @@ def _between(
 def _linear(
     stored: StoredGraph,
     linear: StoredLinear,
+    ends: list[ir.Value],
     record: Recording,
     found: dict[str, F32],
     grid: ActivationGrid | None,
@@ -113,7 +132,7 @@ def _linear(
 ) -> LinearParity:
     x, y = record.inputs[linear.names[0]], _output(record, linear)
     engine_x = found[_name(linear.input)]
-    session = _session(stored, [_name(linear.input)], [_name(value) for value in linear.outputs], threads)
+    session = _session(stored, [_name(linear.input)], [_name(value) for value in ends], threads)
     error = relative(_alone(session, x), y)
     if grid is None:
         return LinearParity(linear.label, x.size, 1.0, 0, max(error, relative(engine_x, x)), 0.0)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rqc.models.description import EMBEDDING
 from rqc.models.packing import U8, Quantized, unpack
-from rqc.passes.base import LINEAR
+from rqc.passes.base import JOIN, LINEAR
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError
 
@@ -51,6 +51,16 @@ class StoredLinear:
     def outputs(self) -> list[ir.Value]:
         """Values whose sum is y = x Wᵀ + b: one for each plane (what adds them may be fused with what follows)."""
         return [node.outputs[0] for node in self.nodes]
+
+    @property
+    def joined(self) -> ir.Value | None:
+        """y with what an adapter adds to it, if it adds something and the sum is a value of the graph."""
+        graph, label = self.nodes[0].graph, self.nodes[0].metadata_props.get(LINEAR)
+        last = None
+        for node in graph or ():  # in order: each Add is behind the one that it adds to
+            if label is not None and node.metadata_props.get(JOIN) == label and node.op_type == "Add":
+                last = node.outputs[0]
+        return last
 
 
 @dataclass(frozen=True, eq=False)

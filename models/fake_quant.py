@@ -3,7 +3,7 @@ recorded, linear by linear, to compare an engine with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,12 +122,14 @@ class Recording:
 
 
 @contextmanager
-def recording(reference: Reference, names: Iterable[str]) -> Iterator[Recording]:
-    """Record the named linears, without what wraps them, while the context is open; one run is kept, the last."""
+def recording(reference: Reference, names: Iterable[str], wrapped: Collection[str] = ()) -> Iterator[Recording]:
+    """Record the named linears while the context is open, those in `wrapped` with what wraps them, the others without;
+    one run is kept, the last."""
     record = Recording()
     handles = []
     for name in names:
-        module, rows = reference.parts[name].linear, reference.parts[name].rows
+        part = reference.parts[name]
+        module, rows = part.module if name in wrapped else part.linear, part.rows
 
         def keep(_: Any, args: tuple[Tensor, ...], out: Tensor, name: str = name, rows: slice = rows) -> None:
             record.inputs[name] = args[0].reshape(-1, args[0].shape[-1]).numpy()
