@@ -103,6 +103,8 @@ class AdapterBasis:
         path = directory / BASIS_FILE
         if not path.exists():
             return None
+        if not path.is_file():  # opening a named pipe would wait forever
+            raise InputError(f"{path} is no regular file", hint=_HINT)
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

@@ -46,6 +46,12 @@ HARMLESS = {
 }
 """Keys that are read here, or that concern training alone (VeLoRA changes a gradient)."""
 
+NO_UPDATES = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"),
+    *("TRAINABLE_TOKENS", "CARTRIDGE"),
+)
+"""Types of peft that put something beside the linears instead of changing them."""
+
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations that take a part out of the base weights: the update is one of another base."""
 
@@ -126,7 +132,10 @@ def _check_supported(values: Mapping[str, Any]) -> None:
     """Raise UnsupportedModelError, naming the key and the reason, for an adapter that is no plain update."""
     kind = str(values.get("peft_type")).rsplit(".", 1)[-1].upper()
     if kind != "LORA":
-        raise UnsupportedModelError(f"the adapter is of peft_type {values.get('peft_type')!r}, not LORA", hint=_CONVERT)
+        raise UnsupportedModelError(
+            f"the adapter is of peft_type {values.get('peft_type')!r}, not LORA",
+            hint="train a LoRA: it changes no linears" if kind in NO_UPDATES else _CONVERT,
+        )
     if (bias := values.get("bias", "none")) != "none":
         raise UnsupportedModelError(f"the adapter has bias={bias!r}: biases trained beside it", hint=_MERGE)
     init = str(values.get("init_lora_weights", True)).lower()

@@ -11,6 +11,7 @@ from rqc.models.description import EMBEDDING, HEAD, Claim, Description, segments
 from rqc.runtime.errors import CheckpointError, InputError, UnsupportedModelError
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_PEFT = re.compile(r"^(base_model\.model\.)+")
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 """Modules that torch.compile, FSDP and activation checkpointing put around others: no part of a linear's name."""
 
@@ -67,7 +68,7 @@ def module_path(key: str, known: Callable[[str], bool]) -> str:
 
     An adapter that was trained on the bare decoder lacks the leading "model.": it is put back.
     """
-    path = key.removeprefix("base_model.model.")
+    path = _PEFT.sub("", key)
     path = _WRAPPERS.sub("", path).removeprefix(".")
     return f"model.{path}" if not known(path) and known(f"model.{path}") else path
 

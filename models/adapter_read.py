@@ -112,7 +112,7 @@ def read_residual(path: Path, description: Description) -> dict[str, Delta]:
     index = graph_index(description)
     residual = {}
     for module, parts in _modules(tensors, index, description).items():
-        a, b = _factors(module, parts, _shape(module, index, description), None)
+        a, b = _factors(module, parts, _shape(module, index, description))
         for name, rows in index[module]:
             residual[name] = Delta(a, b if rows is None else b[rows])
     return residual
@@ -152,7 +152,9 @@ def _shape(path: str, index: Mapping[str, list[tuple[str, slice | None]]], descr
 
 def _delta(path: str, parts: _Parts, config: AdapterConfig, wanted: tuple[int, int]) -> tuple[Delta, int]:
     """The update of one module, and how many inputs share a column of its A in the file."""
-    a, b = _factors(path, parts, wanted, config.rank_of(path))
+    a, b = _factors(
+        path, parts, wanted, config.rank_of(path), (config.qalora_group,) if config.qalora_group else BLOCK_SIZES
+    )
     magnitude = parts.tensors.get("lora_magnitude_vector")
     if (magnitude is not None) != config.dora:
         has = "no lora_magnitude_vector" if config.dora else "a lora_magnitude_vector"
@@ -176,24 +178,21 @@ def _delta(path: str, parts: _Parts, config: AdapterConfig, wanted: tuple[int, i
     return Delta(np.repeat(a, group, axis=1), b, scale * factor), group
 
 
-def _factors(path: str, parts: _Parts, wanted: tuple[int, int], rank: int | None) -> tuple[Array, Array]:
-    """A and B of a module; A may be compact where the configuration allows it (`rank` given)."""
+def _factors(
+    path: str, parts: _Parts, wanted: tuple[int, int], rank: int | None = None, pools: tuple[int, ...] = ()
+) -> tuple[Array, Array]:
+    """A and B of a module, of any rank without `rank`. `pools`: how many inputs may share a column of a compact A."""
     for kind in ("lora_A", "lora_B"):
         if kind not in parts.tensors:
             raise InputError(f"the adapter lacks {kind} of {path}", hint="the file is incomplete: save it again")
     a, b = parts.tensors["lora_A"], parts.tensors["lora_B"]
     r = rank or (a.shape[0] if a.ndim else 0)
-    compact = rank is not None and a.ndim == 2 and _pools(a.shape[1], wanted[1])
-    if a.shape != (r, wanted[1]) and not (compact and a.shape[0] == r):
+    columns = a.shape[1] if a.ndim == 2 else 0
+    if a.shape != (r, columns) or columns not in (wanted[1], *(wanted[1] / group for group in pools)):
         raise _misfit(parts, "lora_A", [r, wanted[1]])
     if b.shape != (wanted[0], r):
         raise _misfit(parts, "lora_B", [wanted[0], r])
     return a, b
-
-
-def _pools(columns: int, inputs: int) -> bool:
-    """Whether so many columns are a compact A: whole blocks, of a size that grids have."""
-    return columns > 0 and inputs % columns == 0 and inputs // columns in BLOCK_SIZES
 
 
 def _misfit(parts: _Parts, kind: str, wanted: list[int]) -> InputError:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -157,16 +156,16 @@ def _replace(directory: Path, files: Mapping[str, bytes]) -> None:
     """Put the files into the directory, the weights last; without these it is no adapter, so none is ever a mixture."""
     with _explained(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.rqc-", dir=directory.parent))
+        staging = directory.parent / f".{directory.name}.rqc-{os.getpid()}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
         try:
             for name, content in files.items():
                 _write(staging / name, content)
             if not directory.exists():
-                staging.chmod(0o777 & ~_umask())
                 os.replace(staging, directory)
             else:
-                (directory / WEIGHTS_FILE).unlink(missing_ok=True)
-                for name in (BASIS_FILE, RESIDUAL_FILE, "adapter_model.bin"):
+                for name in (WEIGHTS_FILE, BASIS_FILE, RESIDUAL_FILE, "adapter_model.bin"):
                     (directory / name).unlink(missing_ok=True)
                 for name in files:
                     os.replace(staging / name, directory / name)
@@ -188,12 +187,6 @@ def _sync(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager

@@ -232,11 +232,20 @@ def test_use_qalora_on_an_ordinary_linear_is_ignored_as_peft_ignores_it(tiny_mod
     assert check_against_peft(directory, path).kind == "lora"
 
 
+def test_another_pool_than_the_configuration_says_is_refused(
+    attention: Path, tmp_path: Path, llama: Description
+) -> None:
+    path = rewritten(attention, tmp_path / "a", use_qalora=True, qalora_group_size=32)
+    with pytest.raises(InputError, match=r"\[4, 6\]"):
+        Adapter.open(retensored(path, path, pool(16)), llama)
+
+
 SPELLINGS: dict[str, Callable[[str], str]] = {
     "with the adapter's name": lambda key: key.replace(".weight", ".default.weight"),
     "compiled": lambda key: key.replace(PREFIX, f"{PREFIX}_orig_mod."),
     "fsdp": lambda key: key.replace(".self_attn.", "._fsdp_wrapped_module.self_attn."),
     "the bare decoder": lambda key: key.replace(f"{PREFIX}model.", PREFIX),
+    "wrapped twice": lambda key: PREFIX + key,
     "no prefix": lambda key: key.removeprefix(PREFIX),
     "magnitudes as modules": lambda key: key.replace("magnitude_vector", "magnitude_vector.default.weight"),
     "magnitudes as weights": lambda key: key.replace("magnitude_vector", "magnitude_vector.weight"),
@@ -294,6 +303,7 @@ FEATURES: dict[str, tuple[dict[str, Any], str, str]] = {
     "corda": ({"init_lora_weights": "corda"}, "corda", "path_initial_model_for_weight_conversion"),
     "loftq": ({"init_lora_weights": "loftq"}, "loftq", "--init loftq"),
     "loha": ({"peft_type": "LOHA"}, "peft_type 'LOHA'", "convert_to_lora"),
+    "prompt": ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING", "train a LoRA"),
     "no type": ({"peft_type": None}, "peft_type None", "convert_to_lora"),
     "blocks": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora", "convert_to_lora"),
     "kasa": ({"kasa_config": {"beta": 1}}, "kasa_config", "merge_and_unload"),
