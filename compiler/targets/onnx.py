@@ -15,6 +15,7 @@ from rqc.passes.nibbles import SplitNibbles
 from rqc.passes.opset import StampOpset
 from rqc.passes.pack import PackBlocks
 from rqc.passes.pack_projections import PackProjections
+from rqc.passes.pack_side_paths import PackSidePaths
 from rqc.passes.positions import SelectPositions
 from rqc.passes.skip_norm import FuseSkipNorm
 from rqc.passes.transpose import TransposeInKernel
@@ -22,14 +23,15 @@ from rqc.passes.transpose import TransposeInKernel
 
 def packing(recipe: Recipe, description: Description) -> list[Pass]:
     """From DequantizeLinear to the kernels' own form, floats to the width asked for. Float accumulation reads 8-bit
-    codes as nibble planes."""
+    codes as nibble planes. An adapter's side paths are packed with the linears that they run beside."""
     widths = table_widths(recipe, description.architecture)
     half = recipe.scheme.float_type == "float16"
     floats: list[Pass] = [StoreHalf(widths, rest=half)] if half or 16 in widths.values() else []
+    sides: list[Pass] = [PackSidePaths()] if recipe.adapter is not None else []
     if not recipe.scheme.quantized:
-        return floats
+        return [*sides, *floats]
     planes = [] if recipe.scheme.activation_bits == 8 else [SplitNibbles()]
-    return [PackBlocks(), PackProjections(description), *planes, *floats]
+    return [PackBlocks(), PackProjections(description), *sides, *planes, *floats]
 
 
 def lowering() -> list[Pass]:
