@@ -243,11 +243,6 @@ class Settings:
             raise InputError(f"repeat {self.repeat} for {kind}", hint="repeat is of --adapter-type qahira")
         if self.rslora and kind == "qahira":
             raise InputError("rslora for qahira, which has no rank to scale by", hint="leave --rslora out")
-        if kind in POOLED and self.dropout:
-            raise InputError(
-                f"dropout {self.dropout} for {kind}: it would break the groups that share one parameter",
-                hint="--dropout 0",
-            )
         if kind in MERGED_POOLS and self.group_size == -1:
             raise SchemeError(f"{kind} pools inputs in groups and group_size is -1", hint="--group-size 32")
         if kind in MERGED_POOLS and self.pooled_inputs % self.group_size:
