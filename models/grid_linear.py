@@ -21,9 +21,11 @@ from rqc.runtime.errors import SchemeError
 
 __all__ = ["FixedWeight", "GridLinear"]
 
-_SLAB = {"cpu": 1 << 20}
-"""Weights dequantized at a time: on a CPU they stay in its caches; elsewhere the launches of kernels count."""
+_SLAB = {"cpu": 1 << 22}
+"""Weights dequantized at a time, per kind of device: 16 MiB as float32; elsewhere the launches of kernels cost more."""
 _SLAB_ELSEWHERE = 1 << 26
+_WORDS = {2: torch.complex128, 4: torch.int64}
+"""Types as wide as the float32 values of one byte's codes, by bits: levels are looked up a byte at a time."""
 
 
 class FixedWeight(torch.Tensor):
@@ -77,7 +79,10 @@ class _Packed:
     def _values(self, codes: Tensor) -> Tensor:
         per_byte = 8 // self.bits
         if self.levels is not None:
-            return self.levels[_split(codes, self.bits).int()]
+            every = torch.arange(256, dtype=torch.uint8, device=codes.device)
+            table = self.levels[_split(every[:, None], self.bits).int()].view(_WORDS[self.bits])[:, 0]
+            words = torch.index_select(table, 0, codes.flatten().int())
+            return words.view(torch.float32).view(*codes.shape[:2], -1)
         out = torch.empty((*codes.shape, per_byte), dtype=torch.float32, device=codes.device)
         for i in range(per_byte):
             out[..., i] = _field(codes, i, self.bits)
@@ -127,8 +132,9 @@ class _Product(torch.autograd.Function):
         grad = grads[0].reshape(-1, len(packed.codes))
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = grad.new_zeros(len(grad), packed.k)
-            for rows in packed.slabs():
+            first, *others = packed.slabs()
+            of_x = grad[:, first] @ packed.rows(first, grad.dtype)
+            for rows in others:
                 of_x.addmm_(grad[:, rows], packed.rows(rows, grad.dtype))
             of_x = of_x.view(*grads[0].shape[:-1], packed.k)
         if ctx.needs_input_grad[1]:
@@ -217,7 +223,8 @@ class GridLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """x [..., K] to [..., N]; under autocast in its type."""
         device = input.device.type
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(device))
         product: Tensor = _Product.apply(input, self.bias, self._packed())  # type: ignore[no-untyped-call]
         return product

@@ -137,6 +137,7 @@ def test_state_travels_by_state_dict_copy_and_pickle() -> None:
     assert same(twin.quantized(), layer.quantized())
     assert twin.codes.data_ptr() != layer.codes.data_ptr()
     assert layer.to("meta").weight.shape == (40, 152)
+    assert layer(torch.empty(2, 3, 152, device="meta")).shape == (2, 3, 40)
 
 
 def test_nothing_dense_outlives_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +202,22 @@ def test_stored_bytes_are_those_of_the_engine() -> None:
     expected = quantized.packed_codes().nbytes + quantized.scales.nbytes + quantized.packed_zero_points().nbytes
     assert layer.stored_bytes == expected
     assert layer.codes.nbytes == 64 * 128 // 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("grid", [Grid(2, 32, False), Grid(4, -1), NormalFloat(), NormalFloat(2)], ids=str)
+def test_another_device_has_the_same_weight_to_the_last_bit(grid: Grid | NormalFloat) -> None:
+    quantized = value(40, 152, grid)
+    layer = GridLinear.from_quantized(quantized, torch.randn(40)).cuda()
+    assert layer.weight.cpu().numpy().tobytes() == quantized.dequantize().tobytes()
+    assert same(layer.quantized(), quantized)
+    x = torch.randn(3, 152, dtype=torch.float64, device="cuda", requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    w = layer.weight.as_subclass(Tensor).double()
+    torch.testing.assert_close(y, x @ w.T + layer.bias)
+    torch.testing.assert_close(x.grad, w.sum(0).expand(3, -1))
 
 
 class Model(nn.Module):
