@@ -46,7 +46,7 @@ class Steps:
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._task = self._bar.add_task(label, total=total)
             self._bar.start()
-        self._bar.update(self._task, completed=done)
+        self._bar.update(self._task, description=label, completed=done)
         if done >= total:
             self._stop()
 

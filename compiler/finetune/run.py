@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,12 +217,14 @@ def _hash(examples: Examples) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' own log lines and bars off; what goes wrong is raised."""
+    """Libraries' own log lines, bars and announcements off; what goes wrong is raised."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers.logging.set_verbosity(before)
         transformers.logging.enable_progress_bar()

@@ -199,19 +199,22 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The mean loss of the predicted tokens: batches count by their tokens, not by their number."""
+        """The mean loss of the predicted tokens of all examples, each counted once, whatever the batch or the number of
+        processes."""
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        examples: Examples = self.eval_dataset
+        places = sorted(range(len(examples)), key=lambda place: -examples.lengths[place])
+        own = places[self.args.process_index :: self.args.world_size]
+        total = torch.zeros(2, dtype=torch.float64)
         with torch.inference_mode():
-            for batch in dataloader:
-                inputs = self._prepare_inputs(batch)
+            for first in range(0, len(own), self.args.eval_batch_size):
+                batch = [examples[place] for place in own[first : first + self.args.eval_batch_size]]
+                inputs = self._prepare_inputs(self.data_collator(batch))
                 tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
-                with self.compute_loss_context_manager():
-                    loss = self.model_wrapped(**inputs).loss
-                total += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64, device=total.device)
-        summed = self.accelerator.reduce(total)
-        loss_mean = float(summed[0] / summed[1])
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss_mean}, len(dataloader.dataset))
+                loss = float(self.model(**inputs).loss)
+                total += torch.tensor([loss * tokens, tokens], dtype=torch.float64)
+        total = self.accelerator.reduce(total.to(self.args.device)).cpu()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": float(total[0] / total[1])}, len(examples))
 
 
 def processes() -> int:
