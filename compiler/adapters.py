@@ -132,6 +132,9 @@ def open_adapter(recipe: Recipe, imported: Imported, progress: Progress) -> tupl
     merge = Merge(adapter, recipe.merge, plain, deltas, description, read)
     merge = replace(merge, how=_way(recipe, merge))
     progress.line(f"adapter: {adapter.kind}, {len(deltas)} linears, merged by {merge.how}")
+    trained = 16 if adapter.basis is None else adapter.basis.activations
+    if trained not in (16, recipe.scheme.activation_bits):
+        progress.line(f"the adapter was trained with {trained}-bit activations, --scheme {recipe.scheme} has others")
     return recipe, merge
 
 
@@ -231,7 +234,7 @@ def _way(recipe: Recipe, merge: Merge) -> str:
 def ways_text(recipe: Recipe, merge: Merge) -> str:
     """The other ways that are open to this adapter, as flags."""
     ways = [way for way in (FOLD, ZERO_POINT, BRANCH) if way != merge.how and obstacle(way, recipe, merge) is None]
-    return " or ".join(f"--merge {way}" for way in ways) or "train the adapter anew"
+    return " or ".join(f"--merge {way}" for way in ways) or "training it anew"
 
 
 def obstacle(how: str, recipe: Recipe, merge: Merge) -> str | None:

@@ -50,5 +50,4 @@ def compile_engine(
 
     if progress is not None:
         progress.line("verifying against PyTorch")
-    merged: dict[str, Any] = {} if made.adapter is None else {"adapter": made.adapter}
-    return replace(report, parity=verify_engine(engine, model_dir, **merged).to_json())
+    return replace(report, parity=verify_engine(engine, model_dir, adapter=made.adapter).to_json())

@@ -6,6 +6,7 @@ one, on the engine's own grid. 1: all of it arrives; 0: it was rounded away. Sou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -75,7 +76,8 @@ def check_survival(survival: Mapping[str, float], least: float, ways: str) -> No
     more = f" and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
     raise ParityError(
         f"rounding leaves less than {least:g} of the adapter in {len(lost)} of {len(survival)} linears: {told}{more}",
-        hint=f"{ways}, or --min-survival {max(-1.0, min(survival.values())):.2g} to lose it knowingly",
+        hint=f"{ways} keeps it, and so does a base whose weights were not rounded before; "
+        f"--min-survival {math.floor(100 * min(survival.values())) / 100:g} takes the loss",
     )
 
 

@@ -3,6 +3,7 @@ logits that peft and an engine compute."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from rqc.compiler.importer import import_model
@@ -36,8 +38,15 @@ def save_peft(model_dir: Path, directory: Path, *, size: float = 0.05, seed: int
             parameter.data = size * torch.randn(parameter.shape, generator=generator)
         elif "lora_magnitude_vector" in name:
             parameter.data *= 1 + 0.2 * torch.rand(parameter.shape, generator=generator)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, save_embedding_layers=False)
     return directory
+
+
+def save_merged(model_dir: Path, adapter: Path, target: Path) -> Path:
+    """A copy of a model directory with the adapter merged by peft, in float32."""
+    shutil.copytree(model_dir, target)
+    PeftModel.from_pretrained(_plain(model_dir), str(adapter)).merge_and_unload().save_pretrained(target)
+    return target
 
 
 def peft_logits(model_dir: Path, adapter: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -46,6 +55,15 @@ def peft_logits(model_dir: Path, adapter: Path, ids: NDArray[np.int64]) -> NDArr
     with torch.inference_mode():
         logits: NDArray[np.float32] = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
     return logits
+
+
+def talking(model_dir: Path, target: Path) -> Path:
+    """A copy of a tiny model with a tokenizer of single characters."""
+    shutil.copytree(model_dir, target)
+    tokenizer = Tokenizer(models.WordLevel({chr(32 + index): index for index in range(95)}, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(target / "tokenizer.json"))
+    return target
 
 
 def mean_kl(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
@@ -73,17 +91,19 @@ def engine_logits(path: Path) -> np.ndarray:
         return engine.logits(IDS.tolist())
 
 
-def linears(directory: Path) -> dict[str, tuple[int, int]]:
+def linears(directory: Path, routers: bool = False) -> dict[str, tuple[int, int]]:
     """Shapes of all linears of the blocks, by the graph's names."""
     description = import_model(directory).description
-    return {claim.weight: description.shape(claim) for claim in description.claims if claim.quantized}
+    return {claim.weight: description.shape(claim) for claim in description.claims if claim.quantized or routers}
 
 
-def random_deltas(directory: Path, rank: int = 4, size: float = 0.05, pool: int = 1) -> dict[str, Delta]:
+def random_deltas(
+    directory: Path, rank: int = 4, size: float = 0.05, pool: int = 1, routers: bool = False
+) -> dict[str, Delta]:
     """Low-rank parts for every linear; A constant in blocks of `pool` inputs."""
     draw = np.random.default_rng(7)
     deltas = {}
-    for name, (n, k) in linears(directory).items():
+    for name, (n, k) in linears(directory, routers).items():
         a = np.repeat(draw.normal(size=(rank, -(-k // pool))), pool, axis=1)[:, :k] / np.sqrt(k)
         deltas[name] = Delta(a, size * draw.normal(size=(n, rank)), 2.0)
     return deltas

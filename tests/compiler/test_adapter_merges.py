@@ -4,6 +4,7 @@ what rounding leaves of the adapter."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_adapters import IDS, W4, Lines, basis_of, engine_logits, peft_logits, random_deltas, save_peft
+from tiny_adapters import IDS, W4, Lines, basis_of, engine_logits, peft_logits, random_deltas, save_peft, talking
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
@@ -41,7 +42,7 @@ def on_the_grid(
         weight = reference.parts[claim.weight].weight.double().numpy()
         if residual:
             weight = weight - residual[claim.weight].dense()
-        rounded = quantize(weight, GRID).dequantize().astype(np.float64)
+        rounded = quantize(weight, GRID).dequantize().astype(np.float64) if claim.quantized else weight
         merged = deltas[claim.weight].merged(rounded) if claim.weight in deltas else rounded
         reference.parts[claim.weight].weight.copy_(torch.from_numpy(merged))
     reference.rotate_online(Rotation.parse(sites), tied=tied)
@@ -74,6 +75,18 @@ def test_an_adapter_of_a_quantized_base_runs_on_that_base(
     assert relative(engine_logits(tmp_path / "e.plan"), on_the_grid(directory, "r1,r4", deltas)) <= 1e-4
     assert relative(engine_logits(tmp_path / "e.plan"), on_the_grid(directory, "r1,r4", {})) > 1e-2
     assert report.survival == dict.fromkeys(deltas, 1.0)
+
+
+def test_a_router_takes_its_part_in_floats(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("qwen3-moe")
+    deltas = random_deltas(directory, routers=True)
+    write_adapter(tmp_path / "adapter", deltas, basis_of(directory, "r1,r4", **W4))
+    report = compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", **FLOAT_TABLES)
+    assert [item.name for item in report.passes if item.name in ("FoldAdapter", "AddBranches")] == [
+        *("FoldAdapter", "AddBranches")
+    ]
+    assert relative(engine_logits(tmp_path / "e.plan"), on_the_grid(directory, "r1,r4", deltas)) <= 1e-4
+    assert set(report.survival or {}) == set(deltas)
 
 
 def test_loftq_subtracts_its_residual_before_the_grid(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -184,7 +197,8 @@ def test_a_small_adapter_is_not_rounded_away_in_silence(tiny_model: TinyModel, t
     assert error.value.exit_code == 1
     assert "--merge branch" in error.value.hint
     assert not list(tmp_path.glob("*.plan*"))
-    known = compile_engine(on_grid, tmp_path / "e.plan", adapter=adapter, min_survival=-1, **ON_GRID)
+    least = float(re.search(r"--min-survival (\S+)", error.value.hint)[1])  # type: ignore[index]
+    known = compile_engine(on_grid, tmp_path / "e.plan", adapter=adapter, min_survival=least, **ON_GRID)
     assert max((known.survival or {}).values()) < 0.1
     kept = compile_engine(on_grid, tmp_path / "e.plan", adapter=adapter, merge="branch", **ON_GRID)
     assert min((kept.survival or {}).values()) == 1.0
@@ -292,6 +306,22 @@ def test_instruments_and_dry_runs_take_adapters(merge: str, tiny_model: TinyMode
     assert dry.estimate is not None
     assert abs(dry.estimate.size_bytes - report.size_bytes) < 300_000
     assert any(line.startswith(f"adapter: lora, 12 linears, merged by {merge}") for line in lines.lines)
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "w4a16", "w4a8"])
+@pytest.mark.parametrize(("pool", "way"), [(1, "fold"), (1, "branch"), (16, "zero-point")])
+def test_verify_afterwards_knows_the_adapter(
+    scheme: str, pool: int, way: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    if scheme == "fp32" and way == "zero-point":
+        pytest.skip("floats have no zero points")
+    directory = talking(tiny_model("llama16"), tmp_path / "model")
+    fields = {"adapter_type": "qalora"} if pool > 1 else {}
+    write_adapter(tmp_path / "adapter", random_deltas(directory, pool=pool), basis_of(directory, "r1,r4", **fields))
+    options = {"adapter": tmp_path / "adapter", "merge": way, "scheme": scheme, "group_size": 16}
+    report = compile_engine(directory, tmp_path / "e.plan", verify=True, **options)
+    assert report.parity is not None
+    assert report.parity["passed"], report.parity
 
 
 def test_merge_and_survival_need_an_adapter(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -9,7 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_adapters import IDS, W4, Lines, basis_of, engine_logits, mean_kl, peft_logits, random_deltas, save_peft
+from tiny_adapters import (
+    IDS,
+    W4,
+    Lines,
+    basis_of,
+    engine_logits,
+    mean_kl,
+    peft_logits,
+    random_deltas,
+    save_merged,
+    save_peft,
+    talking,
+)
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
@@ -21,19 +33,21 @@ from rqc.models.delta import Delta
 from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
 from rqc.runtime.container import EngineFile
-from rqc.runtime.errors import BasisMismatchError, InputError, SchemeError
+from rqc.runtime.errors import BasisMismatchError, InputError, SchemeError, UnsupportedModelError
 
 TinyModel = Callable[..., Path]
 FAMILIES = ("llama", "llama-bias", "llama-tied", "smollm3", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma")
+MIXTURES = ("mixtral", "qwen3-moe")
 POST_NORM = ("olmo2", "gemma2", "gemma3")
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *POST_NORM])
+@pytest.mark.parametrize("name", [*FAMILIES, *MIXTURES, *POST_NORM])
 def test_a_folded_adapter_is_what_peft_computes_in_every_family(
     name: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     directory = tiny_model(name)
-    adapter = save_peft(directory, tmp_path / "adapter", use_rslora=True)
+    attention = {"target_modules": [f"{kind}_proj" for kind in "qkvo"]}  # peft has no linears for experts
+    adapter = save_peft(directory, tmp_path / "adapter", use_rslora=True, **(attention if name in MIXTURES else {}))
     sites = "r2,r3,r4" if name in POST_NORM else "r1,r2,r3,r4"
     report = compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme="fp32", rotate=sites)
     expected = peft_logits(directory, adapter, IDS)
@@ -126,6 +140,39 @@ def test_dora_does_not_leave_a_basis_that_mixed_its_rows(tiny_model: TinyModel, 
     compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", scheme="fp32")
     with pytest.raises(BasisMismatchError, match="DoRA"):
         compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", scheme="fp32", rotate="none")
+
+
+@pytest.mark.parametrize("merge", ["fold", "branch"])
+def test_auto_scores_the_model_that_the_adapter_makes(merge: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = talking(tiny_model("llama16"), tmp_path / "model")
+    adapter = save_peft(directory, tmp_path / "adapter", size=0.3)
+    merged = save_merged(directory, adapter, tmp_path / "merged")
+    options = {"scheme": "w4a4", "embedding_bits": 32, "head_bits": 32}
+    found = compile_engine(directory, tmp_path / "e.plan", adapter=adapter, merge=merge, **options).rotation
+    expected = compile_engine(merged, tmp_path / "m.plan", **options).rotation
+    plain = compile_engine(directory, tmp_path / "p.plan", **options).rotation
+    for frame, score in expected["scores"].items():
+        assert found["scores"][frame] == pytest.approx(score, rel=1e-3 if merge == "fold" else 0.1)
+        assert abs(found["scores"][frame] - plain["scores"][frame]) > 0.02 * score
+
+
+@pytest.mark.parametrize("name", ["llama16", "llama-tied"])
+@pytest.mark.parametrize("sites", ["none", "r1,r2,r4"])
+def test_a_head_with_a_part_of_its_own_is_untied(name: str, sites: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model(name)
+    adapter = save_peft(directory, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    options: dict[str, Any] = {"adapter": adapter, "rotate": sites}
+    if name == "llama-tied":
+        with pytest.raises(UnsupportedModelError) as error:
+            compile_engine(directory, tmp_path / "e.plan", **options)
+        assert "--tied untie" in error.value.hint
+        options["tied"] = "untie"
+    compile_engine(directory, tmp_path / "e.plan", scheme="fp32", **options)
+    assert mean_kl(peft_logits(directory, adapter, IDS), engine_logits(tmp_path / "e.plan")) <= 1e-7
+    report = compile_engine(directory, tmp_path / "e.plan", scheme="w4a16", merge="branch", **options)
+    assert "lm_head.weight" in (report.survival or {})
+    with EngineFile.open(tmp_path / "e.plan") as file:
+        assert not any(name.startswith("lm_head") and "branch" in name for name in file.tensors)
 
 
 # the grid
