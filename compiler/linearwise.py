@@ -93,8 +93,24 @@ def compare_linears(
 
 
 def _ends(linear: StoredLinear, bits: int) -> list[ir.Value]:
-    """Values whose sum is what a linear writes: below 8 bits with what an adapter adds, if that sum has a name."""
-    return linear.outputs if bits == 8 or linear.joined is None else [linear.joined]
+    """Values whose sum is what a linear writes: below 8 bits with what an adapter adds, if that is a value of the graph
+    and comes of the same x."""
+    joined = linear.joined
+    return linear.outputs if bits == 8 or joined is None or not _comes_of(joined, linear.input) else [joined]
+
+
+def _comes_of(value: ir.Value, source: ir.Value) -> bool:
+    """Whether a value is computed from `source` and weights alone."""
+    open_values = [value]
+    while open_values:
+        found = open_values.pop()
+        if found is source or found.is_initializer():
+            continue
+        producer = found.producer()
+        if producer is None:
+            return False
+        open_values += [one for one in producer.inputs if one is not None]
+    return True
 
 
 def _between(
