@@ -25,10 +25,10 @@ MERGED_POOLS = ("qalora", "qahira")
 BASES = {"float": None, "w4": 4, "w3": 3, "w2": 2, "nf4": None}
 NF4_BLOCK = 64
 ACTIVATIONS = (16, 8, 6, 4)
-OPTIMIZERS = ("adamw", "lora-plus")
+OPTIMIZERS = ("adamw", "lora-plus", "lora-fa")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("fp32", "bf16", "fp16")
-INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq")
+INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica", "loftq")
 CHANGES_BASE = ("pissa", "olora")
 """Starts that take what the adapter holds out of the base: W ← W − c·B₀A₀."""
 REFUSED_INITS = {
@@ -36,10 +36,8 @@ REFUSED_INITS = {
     "eva": "it needs the activations of a pass over the data, which rqc does not make before training",
     "corda": "it needs covariances of a pass over the data, which rqc does not make before training",
     "lora_ga": "it needs gradients of a pass over the data, which rqc does not make before training",
-    "mica": "peft freezes half of its factors, and rqc's checkpoints hold trained parameters only",
 }
 REFUSED_OPTIMIZERS = {
-    "lora-fa": "peft's implementation rounds its updates to bfloat16 wherever the processor knows that type",
     "lora-rite": "neither peft nor rqc implements it",
 }
 
@@ -208,6 +206,11 @@ class Settings:
             )
         if self.base == "nf4" and self.group_size not in (NF4_BLOCK, _default("group_size")):
             raise SchemeError(f"group_size {self.group_size} for nf4", hint=f"NF4 has blocks of {NF4_BLOCK}")
+        if self.optimizer == "lora-fa" and self.adapter_type not in ("lora", "dora", "qalora"):
+            raise InputError(
+                f"optimizer lora-fa for {self.adapter_type}, which has no A of its own beside B",
+                hint="--optimizer adamw",
+            )
         if self.eval_split and self.eval_data is not None:
             raise InputError("eval_split and eval_data both name records to evaluate on", hint="give one of them")
 

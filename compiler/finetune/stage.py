@@ -114,6 +114,9 @@ def _with_adapters(reference: Reference, targets: Sequence[Target], settings: Se
         model = get_peft_model(reference.model, config)
     if settings.adapter_type in POOLED:
         attach(model, settings.adapter_type, pool=settings.pooled_inputs, repeat=settings.repeated_outputs)
+    if settings.optimizer == "lora-fa":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
     model.config.use_cache = False
     return model
 

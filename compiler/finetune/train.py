@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,15 +21,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from rqc.compiler.finetune.checkpoints import Run
 from rqc.compiler.finetune.data import Collate, Examples
 from rqc.compiler.finetune.examples import IGNORED
+from rqc.compiler.finetune.optimizers import make_optimizer
 from rqc.compiler.finetune.settings import Settings
 from rqc.compiler.finetune.stage import Stage
 from rqc.compiler.instruments import Progress
 from rqc.runtime.errors import ResourceError, TrainingError
 
 WEIGHTS = "trained.safetensors"
-"""The trained parameters in a checkpoint, by their names in the model."""
-LORA_PLUS_RATIO = 16
-"""How much faster LoRA+ trains B than A: what its authors use."""
+"""The adapters' parameters in a checkpoint, by their names in the model."""
 _POOLED_BATCHES = 50
 """Batches that are sorted by length together."""
 
@@ -69,7 +67,9 @@ class _Told(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, sampler: LengthBuckets, progress: Progress) -> None:
         self.sampler, self.progress = sampler, progress
-        self.loss = math.nan
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state holds the old save_steps
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.sampler.epoch = int(state.epoch or 0)
@@ -84,7 +84,7 @@ class _Told(TrainerCallback):  # type: ignore[misc]
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer of adapters whose checkpoints hold the trained parameters and appear whole or not at all.
+    """A Trainer of adapters whose checkpoints hold these alone and appear whole or not at all.
 
     Raises TrainingError at the step whose loss or gradient is no number, before it changes a parameter, and
     ResourceError where a checkpoint cannot be written.
@@ -122,15 +122,14 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """What is trained, by name."""
-        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        """The adapters' numbers by name, those that stay as they were drawn too."""
+        return {name: each for name, each in self.model.named_parameters() if "lora_" in name}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW, or peft's LoRA+ (arXiv 2402.12354): AdamW with a faster rate for B."""
-        if self.optimizer is None and self.settings.optimizer == "lora-plus":
+        """AdamW, or one that knows of A and B."""
+        if self.optimizer is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            options |= {"loraplus_lr_ratio": LORA_PLUS_RATIO, "loraplus_weight_decay": self.settings.weight_decay}
-            self.optimizer: Any = create_loraplus_optimizer(self.model, kind, **options)
+            self.optimizer: Any = make_optimizer(self.model, self.settings, kind, options)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
 
@@ -183,7 +182,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             save_file(values, folder / WEIGHTS)
 
     def load(self, checkpoint: Path) -> None:
-        """Take the trained parameters of a checkpoint."""
+        """Take the adapters of a checkpoint."""
         self._load_from_checkpoint(str(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 import rqc
 from rqc.compiler.cli import main
+from rqc.compiler.finetune.optimizers import LoraFA
 from rqc.compiler.finetune.settings import Settings
 from rqc.compiler.finetune.stage import build_stage
 from rqc.compiler.finetune.train import LengthBuckets
@@ -144,7 +145,7 @@ def test_the_base_holds_the_codes_that_a_compile_makes(
     assert stage.base_bytes < stage.float_bytes / 4
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "gaussian", "default"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "gaussian", "mica", "default"])
 def test_no_start_changes_the_function(init: str, model: Path, data: Path) -> None:
     examples = held_out(model, data, 5)
     stage = build_stage(model, Settings.from_values({"rank": 4, "init": init}), Silent())
@@ -161,6 +162,21 @@ def test_loftq_starts_closer_to_the_model(model: Path) -> None:
             found = build_stage(model, settings, Silent()).model.eval()(input_ids=ids).logits
             errors.append(float((found - wanted).norm()))
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_lora_fa_moves_b_as_close_to_the_full_gradient_as_its_fixed_a_allows(model: Path) -> None:
+    settings = Settings.from_values({"rank": 4, "alpha": 12, "optimizer": "lora-fa"})
+    stage = build_stage(model, settings, Silent())
+    layer: Any = stage.reference.model.get_submodule(stage.targets[0].path)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert (a.requires_grad, b.requires_grad) == (False, True)
+    full = torch.randn(b.shape[0], a.shape[1], dtype=torch.float64)
+    b.grad = (3 * full @ a.T.double()).float()  # c = 12 / 4
+    optimizer = LoraFA(stage.model, lr=0.0)
+    optimizer.step()
+    found = 3 * b.grad.double() @ a.double()
+    best = full @ torch.linalg.pinv(a.double()) @ a.double()
+    assert float((found - best).norm() / best.norm()) < 1e-5
 
 
 def test_batches_are_of_like_lengths_in_an_order_of_seed_and_epoch() -> None:
