@@ -160,21 +160,40 @@ def train(model: Path, data: Path, output: Path, **changes: Any) -> rqc.compiler
     return rqc.finetune(model, data, output, **{**QUICK, **changes})
 
 
-def interrupted(model: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch, step: int = 6) -> None:
-    """A run that ends in the middle of its `step`-th step."""
+def interrupted(model: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """A run that ends in the middle of its sixth step."""
     with monkeypatch.context() as patch:
         calls: list[int] = []
         plain = AdapterTrainer.training_step
 
         def stop(self: AdapterTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
             calls.append(1)
-            if len(calls) == step:
+            if len(calls) == 6:
                 raise KeyboardInterrupt
             return plain(self, *arguments, **options)
 
         patch.setattr(AdapterTrainer, "training_step", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(model, data, output)
+            train(model, data, output, **changes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base": "w2", "init": "loftq", "activations": 8},
+        {"adapter_type": "dora", "init": "pissa", "optimizer": "lora-plus"},
+        {"adapter_type": "qalora", "optimizer": "lora-fa", "grad_accum": 2, "batch_size": 2},
+        {"dtype": "bf16", "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_an_interrupted_run_goes_on(
+    options: dict[str, Any], model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(model, data, tmp_path / "whole", **options)
+    interrupted(model, data, tmp_path / "adapter", monkeypatch, **options)
+    train(model, data, tmp_path / "adapter", **options, resume=True)
+    assert_same(tmp_path / "adapter", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
