@@ -12,7 +12,7 @@ from rqc.models.delta import Delta, magnitude_ratio, row_norms
 from rqc.models.grid import Grid, Quantized, quantize
 from rqc.models.packing import F32
 from rqc.models.weights import Weight
-from rqc.models.zero_points import block_offsets, merge_zero_points, with_zero_points
+from rqc.models.zero_points import block_offsets, compact_inputs, merge_zero_points, with_zero_points
 from rqc.runtime.errors import CheckpointError, InputError
 
 _last: tuple[LazyQuantized, Adapted] | None = None
@@ -118,7 +118,7 @@ class LazyQuantized:
                 hint="use --merge fold, which has no scales yet",
             )
         if update.pooled:
-            block_offsets(update.delta, self.block)
+            compact_inputs(update.delta, self.block)
         return replace(self, updates=(update,))
 
     def stacked(self, *others: LazyQuantized) -> LazyQuantized:

@@ -25,10 +25,10 @@ from rqc.runtime.errors import InputError
 F64 = npt.NDArray[np.float64]
 
 
-def block_offsets(delta: Delta, block: int) -> F64:
-    """D [N, G] of an update that is constant inside every block of inputs; the last block may be partial.
+def compact_inputs(delta: Delta, block: int) -> F64:
+    """A's columns [r, G], one for each block of inputs; the last block may be partial.
 
-    Raises InputError for an update that is not: it has no zero points to go into.
+    Raises InputError for an update that is not constant inside blocks: it has no zero points to go into.
     """
     pooled = delta.pooled(block)
     if pooled is None:
@@ -36,7 +36,12 @@ def block_offsets(delta: Delta, block: int) -> F64:
             f"the update is not constant inside blocks of {block} inputs, so it cannot move zero points",
             hint="use --merge branch, or train a pooled adapter (qalora, qahira) at the group size of the engine",
         )
-    offsets: F64 = (delta.scale * delta.b) @ pooled
+    return pooled
+
+
+def block_offsets(delta: Delta, block: int) -> F64:
+    """D [N, G] of an update that is constant inside every block of inputs. Raises InputError for one that is not."""
+    offsets: F64 = (delta.scale * delta.b) @ compact_inputs(delta, block)
     return offsets
 
 

@@ -143,3 +143,18 @@ def test_gguf_names_and_rotary_order() -> None:
     assert gguf_name("lm_head.weight") == "output.weight"
     rows = np.arange(8, dtype=np.float32)[:, None]
     assert reordered(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_the_random_adapter_is_one_for_every_linear(tmp_path: Path) -> None:
+    """What --branch times is an adapter that the compiler reads, beside all linears of the blocks."""
+    from benching import engines
+    from tiny import save_tiny
+
+    from rqc.compiler.importer import import_model
+    from rqc.models.adapter import Adapter
+
+    model = save_tiny("llama16", tmp_path / "tiny")
+    description = import_model(model).description
+    found = Adapter.open(engines.adapter(model, tmp_path, 5), description)
+    assert set(found.deltas) == set(description.by_weight)
+    assert all(delta.rank == 5 and np.abs(delta.dense()).max() > 0 for delta in found.deltas.values())

@@ -1,4 +1,4 @@
-"""rqc's own contenders: the checkpoint compiled by the command line, unrotated and rotated."""
+"""rqc's own contenders: the checkpoint compiled by the command line, unrotated, rotated, and with an adapter beside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from benching.contenders import Contender
+from rqc.models.checkpoint import Checkpoint
 from rqc.runtime.errors import ResourceError
 
 TOOLS = Path(__file__).parents[1]
@@ -55,15 +59,45 @@ def config(model: Path) -> dict[str, Any]:
     return found
 
 
-def engine(model: Path, work: Path, scheme: Scheme, rotate: str, *, reuse: bool) -> Contender:
-    """The engine with these rotations, compiled anew unless an earlier one is to be used again."""
+def engine(
+    model: Path, work: Path, scheme: Scheme, rotate: str, *, reuse: bool, branch: int | None = None
+) -> Contender:
+    """The engine with these rotations, compiled anew unless an earlier one is to be used again.
+
+    branch: the rank of a random adapter that runs beside every linear of the blocks.
+    """
     name = "rqc" if rotate == "none" else f"rqc {rotate}"
     target = work / f"{model.name}-{scheme.group}-{scheme.table_bits}-{rotate.replace(',', '')}.plan"
+    note = f"rqc's loop; w4a8, symmetric groups of {scheme.group}, {scheme.table_bits}-bit embedding and head"
+    flags = ["--rotate", rotate, *scheme.flags]
+    if branch is not None:
+        name, target = f"{name} branch", target.with_name(f"{target.stem}-branch{branch}.plan")
+        flags += ["--adapter", str(adapter(model, work, branch)), "--merge", "branch"]
+        note += f", branches of rank {branch} in float32"
     if not (reuse and target.is_file()):
         rqc = [sys.executable, "-c", "from rqc.compiler.cli import main; raise SystemExit(main())"]
-        _run([*rqc, "compile", model, "-o", target, "--rotate", rotate, *scheme.flags])
-    note = f"rqc's loop; w4a8, symmetric groups of {scheme.group}, {scheme.table_bits}-bit embedding and head"
+        _run([*rqc, "compile", model, "-o", target, *flags])
     return Contender(name, "rqc", target, Path(sys.executable), f"{note}, rotation {rotate}")
+
+
+def adapter(model: Path, work: Path, rank: int) -> Path:
+    """A PEFT directory with random factors for every linear of the model's blocks."""
+    target = work / f"{model.name}-lora{rank}"
+    tensors: dict[str, np.ndarray] = {}
+    generator = np.random.default_rng(0)
+    for name, info in sorted(Checkpoint.open(model).tensors.items()):
+        if name.endswith("_proj.weight"):
+            rows, width = info.shape
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            a, b = generator.standard_normal((rank, width)), generator.standard_normal((rows, rank))
+            tensors[f"{stem}.lora_A.weight"] = (a / np.sqrt(width)).astype(np.float32)
+            tensors[f"{stem}.lora_B.weight"] = (0.01 * b).astype(np.float32)
+    modules = sorted({name.split(".")[-3] for name in tensors})
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
+    target.mkdir(exist_ok=True)
+    save_file(tensors, target / "adapter_model.safetensors")
+    (target / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return target
 
 
 def _run(command: Sequence[str | Path]) -> None:
