@@ -29,11 +29,12 @@ from rqc.passes.quantize import quantized_of
 from rqc.passes.side_paths import F32, product, side_tensor
 from rqc.passes.zero_points import offset_tensor
 
-MOST_ZEROS = 384 << 10
-"""Bytes of zeros up to which one block-diagonal product is faster than one product for each part and a Concat.
+MOST_ZEROS = 128 << 10
+"""Bytes of zeros up to which one block-diagonal product is better than one product for each part and a Concat.
 
-ONNX Runtime 1.31 on 2 cores, rank 16, one row: q, k, v of 2048 inputs (384 KiB of zeros) 47 against 56 µs, of 576
-inputs 29 against 34; gate and up of 2048 inputs (704 KiB) 134 against 53. At 128 rows the two are within noise.
+A row costs memory traffic above all. ONNX Runtime 1.31 on 2 quiet cores, rank 16, one row, diagonal against apart:
+q, k, v of 576 inputs (120 KiB of zeros) 29 against 34 µs, gate and up (192 KiB) 36 against 35; q, k, v of 2048 inputs
+(384 KiB) 47 to 66 against 56 to 61, gate and up (704 KiB) 134 against 53. At 128 rows the two are within noise.
 """
 
 
