@@ -262,9 +262,11 @@ def obstacle(how: str, recipe: Recipe, merge: Merge) -> str | None:
     return None
 
 
-def survival_of(model: ir.Model, merge: Merge, recipe: Recipe, rotation: Rotation) -> dict[str, float]:
+def survival_of(
+    model: ir.Model, merge: Merge, recipe: Recipe, rotation: Rotation, progress: Progress
+) -> dict[str, float]:
     """What is left of the adapter in each linear of a lowered graph. Raises ParityError below the recipe's least."""
-    found = fold_survival(model, merge.folded) | beside_survival(model, merge.in_frame(rotation))
+    found = fold_survival(model, merge.folded, progress) | beside_survival(model, merge.in_frame(rotation))
     survival = {name: found[name] for name in merge.deltas}
     check_survival(survival, recipe.min_survival, ways_text(recipe, merge))
     return survival

@@ -90,7 +90,7 @@ def compile_model(
     if not dry_run:
         if output is None:
             raise ValueError("a compile needs an output path unless it is a dry run")
-        survival = None if merge is None else survival_of(model, merge, recipe, rotation)
+        survival = None if merge is None else survival_of(model, merge, recipe, rotation, instruments.progress)
         made = _Made(imported, model, recipe, rotation, verdict, merge, survival)
         summary = _write(Path(output), made, instruments.progress)
     return CompileReport(

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rqc.compiler.instruments import Progress
 from rqc.models.algebra import Array, apply_folds
 from rqc.models.delta import Delta
 from rqc.models.grid import Grid, quantize
@@ -36,7 +37,7 @@ NAMED = 5
 Rounding = Callable[[Array], NDArray[Any]]
 
 
-def fold_survival(model: ir.Model, deltas: Mapping[str, Delta]) -> dict[str, float]:
+def fold_survival(model: ir.Model, deltas: Mapping[str, Delta], progress: Progress | None = None) -> dict[str, float]:
     """Survival by weight name of adapters folded into the weights of a lowered graph, four digits.
 
     Exact on all rows of a weight with at most 1,024 of them; of a larger one, on 1,024 rows in evenly spaced runs of
@@ -49,6 +50,8 @@ def fold_survival(model: ir.Model, deltas: Mapping[str, Delta]) -> dict[str, flo
         for fold in weight.folds:
             if isinstance(fold, AddDelta) and id(fold.delta) in names and names[id(fold.delta)] not in found:
                 found[names[id(fold.delta)]] = _survival(weight, fold, rounding)
+                if progress is not None:
+                    progress.advance("survival", len(found), len(deltas))
     return {name: found[name] for name in deltas if name in found}
 
 
