@@ -25,6 +25,7 @@ from rqc.models.algebra import dimensions
 from rqc.models.checkpoint import Checkpoint
 from rqc.models.delta import Delta
 from rqc.models.description import Description
+from rqc.models.experts import peft_sees_linears
 from rqc.models.grid import quantize
 from rqc.models.reference import Part, Reference
 from rqc.models.rotation import Rotation
@@ -107,7 +108,7 @@ class Adapted:
             self._merge_all_but(reference, beside)
             return reference
         read = Checkpoint.open(self.model_dir).read
-        reference = self._attached(lambda fresh: None)
+        reference = self._attached(lambda fresh: None if tied else fresh.untie())  # before a head takes an adapter up
         if self.own.sites:
             for name, delta in self.adapter.deltas.items():
                 _install(reference.parts[name], to_plain(name, delta, self.description, self.own, read))
@@ -125,7 +126,7 @@ class Adapted:
         """A fresh model, prepared, then wrapped by plain peft. What peft cannot open is converted first, and noted."""
         reference = Reference.load(self.model_dir)
         prepare(reference)
-        reason = _attach(reference, self.adapter.directory)
+        reason = _attach(reference, self.adapter.directory) or self._left_out(reference)
         if reason is None:
             return reference
         self._note(f"peft cannot open {self.adapter.directory} ({reason}): compared with it written as plain LoRA")
@@ -133,10 +134,15 @@ class Adapted:
         prepare(reference)
         with tempfile.TemporaryDirectory(prefix="rqc-adapter-") as folder:
             write_adapter(folder, self.adapter.deltas, None, torch_names=torch_names(self.description))
-            reason = _attach(reference, Path(folder))
+            reason = _attach(reference, Path(folder)) or self._left_out(reference)
         if reason is not None:
             raise InputError(f"peft cannot open {self.adapter.directory}: {reason}", hint="give a PEFT directory")
         return reference
+
+    def _left_out(self, reference: Reference) -> str | None:
+        """Peft passes over what it finds no module for."""
+        bare = [name for name in self.adapter.deltas if not hasattr(reference.parts[name].module, "lora_A")]
+        return f"it left {bare[0]} without an adapter" if bare else None
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
@@ -177,7 +183,7 @@ def _attach(reference: Reference, directory: Path) -> str | None:
     """Wrap the model's linears by plain peft, with the adapter of a directory. The reason where peft cannot."""
     from peft import PeftModel
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as told, peft_sees_linears(reference.model):
         warnings.simplefilter("always")
         try:
             PeftModel.from_pretrained(reference.model, str(directory), torch_device="cpu").eval()
@@ -217,8 +223,6 @@ def _install(part: Part, delta: Delta) -> None:
 
 def _factors(part: Part) -> tuple[Any, Any]:
     layer: Any = part.module
-    if not hasattr(layer, "lora_A"):
-        raise InputError(f"peft left {part.path} without an adapter", hint="give a PEFT directory of this model")
     return layer.lora_A[NAME], layer.lora_B[NAME]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,3 +51,22 @@ def _linear(weight: Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
+
+
+@contextmanager
+def peft_sees_linears(model: nn.Module) -> Iterator[None]:
+    """Let peft wrap and load adapters of unpacked experts as those of any linears, while the context is open.
+
+    By the name of the architecture it would take them for adapters of transformers' packed experts, and convert them.
+    """
+    if not any(isinstance(module, Experts) for module in model.modules()):
+        yield
+        return
+    from peft.utils import transformers_weight_conversion as conversion
+
+    plain = conversion.get_checkpoint_conversion_mapping
+    conversion.get_checkpoint_conversion_mapping = lambda *arguments, **options: None
+    try:
+        yield
+    finally:
+        conversion.get_checkpoint_conversion_mapping = plain

@@ -130,6 +130,26 @@ def test_branches_before_norms_of_the_output(scheme: str, tiny_model: TinyModel,
     assert report.passed, (report.gates, report.notes)
 
 
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_of_the_head(tied: bool, config: dict[str, Any], tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Those of a head that shares its table need one of its own: what they add must not reach the embedding."""
+    directory = tiny_model("llama-tied" if tied else "llama", initializer_range=0.1)
+    adapter = save_peft(directory, tmp_path / "adapter", target_modules=["q_proj", "v_proj", "lm_head"], **config)
+    for scheme, sites in (("fp32", ALL), ("w4a16", ALL), ("w4a8", "r4")):
+        report = checked(directory, adapter, tmp_path, scheme=scheme, rotate=sites, tied="untie" if tied else "keep")
+        assert report.passed, (report.gates, report.notes)
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "w4a16", "w4a8"])
+def test_adapters_of_experts(scheme: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("qwen3-moe", initializer_range=0.1)
+    adapter = in_basis(directory, tmp_path / "adapter", "r1,r4", None)
+    report = checked(directory, adapter, tmp_path, scheme=scheme, merge="fold" if scheme == "fp32" else "branch")
+    assert report.passed, (report.gates, report.notes)
+    assert not any(note.startswith("peft cannot open") for note in report.notes)
+
+
 @pytest.mark.parametrize(
     "options",
     [
