@@ -71,6 +71,9 @@ class Run:
         """Raise InputError where the directory holds something else, or a run that would be lost."""
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"{self.output} is a file", hint="-o names a directory")
+        nearest = next(path for path in (self.output, *self.output.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(f"{self.output} cannot be written: {nearest} is no writable folder", hint="choose another")
         entries = {entry.name for entry in self.output.iterdir()} if self.output.is_dir() else set()
         if entries - {FOLDER, _FINISHED} and not entries & {BASIS, TRAINING}:
             raise InputError(

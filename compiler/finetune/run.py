@@ -33,7 +33,6 @@ from rqc.models.description import Architecture
 from rqc.models.json_files import read_object
 from rqc.runtime.bench import peak_rss_bytes
 from rqc.runtime.doctor import require_compile
-from rqc.runtime.errors import InputError
 
 
 def finetune(
@@ -92,10 +91,10 @@ class Material:
         tokenizer = read_training_tokenizer(model_dir)
         config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
         architecture = Architecture.from_config(config.to_dict())
-        if settings.seq_len > architecture.context_length:
-            told = f"seq_len {settings.seq_len} is beyond the model's context of {architecture.context_length}"
-            raise InputError(told, hint=f"--seq-len {architecture.context_length} or less")
-        sizes = {"seq_len": settings.seq_len, "vocab_size": architecture.vocab_size}
+        length = min(settings.seq_len, architecture.context_length)
+        if length < settings.seq_len:
+            progress.line(f"records are cut after {length} tokens: the model's context")
+        sizes = {"seq_len": length, "vocab_size": architecture.vocab_size}
         examples = load_examples(data, tokenizer, **sizes)
         progress.line(f"data: {examples.summary()}")
         train, held_out = split(examples, settings.eval_split, settings.seed)

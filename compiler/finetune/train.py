@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from rqc.compiler.finetune.optimizers import make_optimizer
 from rqc.compiler.finetune.settings import Settings
 from rqc.compiler.finetune.stage import Stage
 from rqc.compiler.instruments import Progress
-from rqc.runtime.errors import ResourceError, TrainingError
+from rqc.runtime.errors import InputError, ResourceError, TrainingError
 
 WEIGHTS = "trained.safetensors"
 """The adapters' parameters in a checkpoint, by their names in the model."""
@@ -186,9 +187,18 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         self._load_from_checkpoint(str(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(saved[name])
+        with _read(resume_from_checkpoint):
+            saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _read(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _read(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def evaluation_loop(
         self,
@@ -283,4 +293,16 @@ def _written(step: int) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ResourceError(
             f"the checkpoint of step {step} cannot be written: {reason}", hint="free some space, then --resume"
+        ) from error
+
+
+@contextlib.contextmanager
+def _read(checkpoint: str | None) -> Iterator[None]:
+    """Tell what PyTorch and safetensors say of a damaged checkpoint as one error."""
+    try:
+        yield
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{checkpoint} is damaged: {reason}", hint="remove it, and --resume goes on from the one before"
         ) from error

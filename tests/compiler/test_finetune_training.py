@@ -198,7 +198,7 @@ def test_batches_are_of_like_lengths_in_an_order_of_seed_and_epoch() -> None:
 def test_the_command_line(model: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     flags = flagged({"rank": 2, "max_steps": 2, "batch_size": 2, "seq_len": 64, "target_modules": "q_proj,v_proj"})
     arguments = [str(model), "--data", str(data), "-o", str(tmp_path / "adapter"), *flags]
-    assert main(["finetune", *arguments, "--base", "w4", "--json"]) == 0
+    assert main(["finetune", *arguments, "--base", "w4", "--json", "--seq-len", "1000"]) == 0
     out, err = capfd.readouterr()
     value = json.loads(out)
     assert set(value) >= {
@@ -215,6 +215,7 @@ def test_the_command_line(model: Path, data: Path, tmp_path: Path, capfd: pytest
         *("peak_rss_bytes", "dropped"),
     }
     assert (value["steps"], value["eval_loss"], value["trainable_parameters"]) == (2, None, 2 * 2 * (96 + 96 + 96 + 32))
+    assert "records are cut after 256 tokens: the model's context" in err
     assert "training: step 2 of 2, loss" in err
     assert "\r" not in err  # no animation
     assert main(["finetune", *arguments, "--init", "pisa"]) == 2

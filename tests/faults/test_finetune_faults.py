@@ -277,6 +277,27 @@ def test_other_directories_are_not_overwritten(model: Path, data: Path, tmp_path
     assert train(model, data, tmp_path / "empty", max_steps=1).steps == 1
 
 
+@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_serves(
+    name: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "adapter"
+    interrupted(model, data, output, monkeypatch)
+    latest = output / "checkpoints" / "checkpoint-4"
+    content = (latest / name).read_bytes()
+    (latest / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="checkpoint-4 is damaged"):
+        train(model, data, output, resume=True)
+    shutil.rmtree(latest)
+    assert train(model, data, output, resume=True).steps == STEPS
+
+
+def test_a_place_where_nothing_can_be_written(model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="no writable folder"):
+        train(model, data, tmp_path / "file" / "adapter")
+
+
 def test_two_at_once_into_one_directory(model: Path, data: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "adapter")
     with run.opened({}, resume=False), pytest.raises(InputError, match="another process"):
@@ -327,7 +348,6 @@ BAD: list[tuple[type[RqcError], str, dict[str, Any]]] = [
     (InputError, "batch_size is '4'", {"batch_size": "4"}),
     (InputError, "lr is nan", {"lr": float("nan")}),
     (InputError, "dropout is 1.0", {"dropout": 1.0}),
-    (InputError, "beyond the model's context of 256", {"seq_len": 257}),
     (RotationError, "unknown rotation 'r5'", {"rotate": "r5"}),
     (RotationError, "auto", {"rotate": "auto"}),
     (ResourceError, "fp16 on a CPU", {"dtype": "fp16", "device": "cpu"}),
