@@ -220,7 +220,9 @@ def test_doctor_and_version(rqc):
         (["verify", "e.plan", "nowhere", "--gate", "kl"], "--gate kl", "NAME=VALUE"),
         (["run"], "ENGINE", "rqc run --help"),
         (["run", "e.plan", "--warmth", "2"], "--warmth", "rqc run --help"),
-        (["finetune", "m"], "finetune", "rqc --help"),
+        (["fine-tune", "m"], "fine-tune", "rqc --help"),
+        (["finetune", "m"], "--data", "rqc finetune --help"),
+        (["finetune", "m", "--data", "d.jsonl", "-o", "a", "--base", "w5"], "w5", "w4"),
         (["bench", "e.plan", "--threads", "two"], "--threads", "rqc bench --help"),
     ],
 )
@@ -234,7 +236,7 @@ def test_errors_are_two_lines_or_one_object(rqc, args, said, hinted, tmp_path, m
     assert said in error
     assert hinted in hint
     assert "Traceback" not in done.err
-    if args[0] not in ("run", "finetune"):
+    if args[0] not in ("run", "fine-tune"):
         with_json = rqc(*args, "--json")
         assert with_json.code == 2
         assert set(with_json.value) == {"error"}
