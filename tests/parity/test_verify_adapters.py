@@ -307,11 +307,17 @@ def forget_magnitudes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lazy_quantized, "magnitude_ratio", lambda magnitude, norms: np.ones_like(norms))
 
 
-BRANCH_FAULTS = [forget_adapter, scale_branches, another_adapter, carry_nowhere, read_before_the_rotation]
+BRANCH_FAULTS = (forget_adapter, scale_branches, another_adapter, carry_nowhere, read_before_the_rotation)
+ZERO_POINT_FAULTS = (no_correction, move_one_zero_point, shrink_corrections, another_adapter)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w4a4"])
-@pytest.mark.parametrize("fault", BRANCH_FAULTS)
+@pytest.mark.parametrize(
+    ("fault", "scheme"),
+    [
+        *((fault, "w4a16") for fault in BRANCH_FAULTS),
+        *((fault, scheme) for fault in (scale_branches, read_before_the_rotation) for scheme in ("w4a8", "w4a4")),
+    ],
+)
 def test_a_wrong_branch_fails(
     fault: Callable[[pytest.MonkeyPatch], None],
     scheme: str,
@@ -333,8 +339,10 @@ def test_a_wrong_branch_fails(
     assert wrong in failed(report), report.gates
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w4a4"])
-@pytest.mark.parametrize("fault", [no_correction, move_one_zero_point, shrink_corrections, another_adapter])
+@pytest.mark.parametrize(
+    ("fault", "scheme"),
+    [*((fault, "w4a16") for fault in ZERO_POINT_FAULTS), (no_correction, "w4a8"), (shrink_corrections, "w4a4")],
+)
 def test_a_wrong_zero_point_merge_fails(
     fault: Callable[[pytest.MonkeyPatch], None],
     scheme: str,
