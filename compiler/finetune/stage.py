@@ -23,6 +23,7 @@ from rqc.compiler.finetune.settings import CHANGES_BASE, POOLED, Settings
 from rqc.compiler.finetune.targets import Target, block_linears, chosen_targets
 from rqc.compiler.instruments import Progress
 from rqc.models.delta import Delta
+from rqc.models.experts import peft_sees_linears
 from rqc.models.fake_quant import round_inputs_ste, training_grids
 from rqc.models.grid_linear import GridLinear
 from rqc.models.loftq import LoftQ
@@ -109,7 +110,7 @@ def _with_adapters(reference: Reference, targets: Sequence[Target], settings: Se
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), peft_sees_linears(reference.model):
         warnings.simplefilter("ignore")  # on how to save what such a start changed: `Stage.removed`
         model = get_peft_model(reference.model, config)
     if settings.adapter_type in POOLED:

@@ -68,7 +68,7 @@ def test_the_adapter_that_is_written_is_the_one_that_was_trained(
     assert log[-1]["eval_loss"] == report.eval_loss
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "qwen3", "phi3", "gemma", "granite", "mixtral"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "qwen3", "phi3", "gemma", "granite", "mixtral", "qwen3-moe"])
 def test_families(family: str, tiny_model: TinyModel, data: Path, tmp_path: Path) -> None:
     model = give_voice(tiny_model(family))
     report = rqc.finetune(model, data, tmp_path / "adapter", **QUICK)
