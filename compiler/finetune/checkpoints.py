@@ -86,6 +86,14 @@ class Run:
                 hint=f"go on with --resume, or remove {self.folder}",
             )
 
+    def check_apart(self, directory: Path) -> None:
+        """Raise InputError for a directory of another adapter that is this one's, or goes with its checkpoints."""
+        other, own = directory.resolve(), self.output.resolve()
+        if other == own or other.is_relative_to(self.folder.resolve()):
+            raise InputError(
+                f"{directory} is where the adapter itself is written", hint="--export-plain names another directory"
+            )
+
     def compare(self, identity: Identity) -> None:
         """Raise InputError, naming what differs, where there is a run or adapter of other settings, model or data."""
         if self.unfinished:

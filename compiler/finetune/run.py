@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ from rqc.compiler.finetune.settings import Settings
 from rqc.compiler.finetune.stage import Stage, build_stage, without
 from rqc.compiler.finetune.train import AdapterTrainer, check_device, processes
 from rqc.compiler.instruments import Progress, Silent
-from rqc.models.adapter import AdapterBasis, write_adapter
+from rqc.models.adapter import Adapter, AdapterBasis, write_adapter
 from rqc.models.adapter_frames import to_plain
 from rqc.models.adapter_names import torch_names
 from rqc.models.algebra import dimensions
 from rqc.models.checkpoint import Checkpoint
 from rqc.models.delta import Delta
-from rqc.models.description import Architecture
+from rqc.models.description import Architecture, Description
 from rqc.models.json_files import read_object
+from rqc.models.reference import Reference
 from rqc.runtime.bench import peak_rss_bytes
 from rqc.runtime.doctor import require_compile
 
@@ -60,6 +61,7 @@ def finetune(
     if first:
         run.check_place(resume=resume)
         if settings.export_plain is not None:
+            run.check_apart(settings.export_plain)
             check_new(settings.export_plain)
     with _quiet():
         material = Material.read(model_dir, Path(data), settings, told)
@@ -67,8 +69,7 @@ def finetune(
         if resume:
             run.compare(identity)
             if run.finished and not run.unfinished:
-                told.line(f"{output} is finished: nothing to do")
-                return FinetuneReport.from_json(read_object(run.output / TRAINING)["report"])
+                return _finished(run, material, settings, told, first=first)
         return _train(run, material, settings, identity, told, resume=resume, first=first)
 
 
@@ -123,8 +124,8 @@ def _train(
     started = time.perf_counter()
     stage = build_stage(material.model, settings, progress)
     _tell(stage, settings, progress)
-    if settings.export_plain is not None:
-        _plain(stage, material, settings)  # refused now rather than after hours
+    if settings.export_plain is not None:  # refused now rather than after hours
+        _plain(stage.deltas(), stage.residuals, stage.reference.description, material, settings)
     with run.opened(identity, resume=resume) if first else contextlib.nullcontext():
         trainer = AdapterTrainer(stage, run, settings, (material.train, material.held_out), material.pad_id, progress)
         state = _run(trainer, run.latest() if resume else None, progress)
@@ -176,22 +177,50 @@ def _write(run: Run, stage: Stage, material: Material, settings: Settings, train
         adapter_type=settings.adapter_type,
         residual=bool(stage.residuals),
     )
-    named = {"torch_names": torch_names(description), "base_model": material.model.name}
-    options: dict[str, Any] = {"rslora": settings.rslora, "dropout": settings.dropout, **named}
+    options = _written_as(description, material, settings)
     write_adapter(run.output, stage.deltas(), basis, residual=stage.residuals, **options)
     if settings.export_plain is not None:
-        write_adapter(settings.export_plain, _plain(stage, material, settings), None, **options)
+        plain = _plain(stage.deltas(), stage.residuals, description, material, settings)
+        write_adapter(settings.export_plain, plain, None, **options)
         run.describe(settings.export_plain, training)
     run.finish(training)
 
 
-def _plain(stage: Stage, material: Material, settings: Settings) -> dict[str, Delta]:
-    """The adapter in the model's own basis, for its float weights. Raises BasisMismatchError where there is none."""
+def _finished(run: Run, material: Material, settings: Settings, progress: Progress, *, first: bool) -> FinetuneReport:
+    """The report of a finished adapter, which is exported if that is wanted now."""
+    training = read_object(run.output / TRAINING)
+    report = FinetuneReport.from_json(training["report"])
+    if settings.export_plain is None:
+        progress.line(f"{run.output} is finished: nothing to do")
+        return report
+    if first:
+        description = Reference.load(material.model).description
+        adapter = Adapter.open(run.output, description, material.checkpoint.read)
+        plain = _plain(adapter.deltas, adapter.residual, description, material, settings)
+        write_adapter(settings.export_plain, plain, None, **_written_as(description, material, settings))
+        run.describe(settings.export_plain, training)
+        progress.line(f"{run.output} is finished: exported to {settings.export_plain}")
+    return replace(report, plain=str(settings.export_plain))
+
+
+def _written_as(description: Description, material: Material, settings: Settings) -> dict[str, Any]:
+    """How `write_adapter` is to write an adapter of these settings."""
+    named = {"torch_names": torch_names(description), "base_model": material.model.name}
+    return {"rslora": settings.rslora, "dropout": settings.dropout, **named}
+
+
+def _plain(
+    deltas: Mapping[str, Delta],
+    residuals: Mapping[str, Delta],
+    description: Description,
+    material: Material,
+    settings: Settings,
+) -> dict[str, Delta]:
+    """An adapter in the model's own basis, for its float weights. Raises BasisMismatchError where there is none."""
     found = {}
-    for name, delta in stage.deltas().items():
-        residual = stage.residuals.get(name)
+    for name, delta in deltas.items():
+        residual = residuals.get(name)
         whole = delta if residual is None else without(delta, residual)
-        description = stage.reference.description
         found[name] = to_plain(name, whole, description, settings.rotation, material.checkpoint.read)
     return found
 

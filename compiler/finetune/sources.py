@@ -23,9 +23,11 @@ _LIST = "a .json file is one list of records; with one record a line, name the f
 
 
 def checked_suffix(path: Path) -> str:
-    """The kind of a data file by its name. Raises InputError for a kind that is not read."""
+    """The kind of a data file by its name. Raises InputError for a kind that is not read, or for no file at all."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
+        if path.is_dir() or not path.exists():  # whatever it is called
+            list(_lines(path))
         kind = f"files that end in {path.suffix!r}" if path.suffix else "files without a suffix"
         raise InputError(f"{path}: {kind} are no training data", hint=f"rename or convert it to {', '.join(SUFFIXES)}")
     return suffix
