@@ -51,7 +51,7 @@ def finetune(
     rotate: Annotated[str | None, typer.Option(help="none, or a comma list of r1 r2 r3 r4.  [default: r1,r4]")] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs.  [default: 0]")] = None,
     hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw lora-plus lora-fa.  [default: adamw]")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw lora-plus lora-fa lora-rite.  [default: adamw]")] = None,
     epochs: Annotated[float | None, typer.Option(help="[default: 3]")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps at most; 0: by the epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Per process and step.  [default: 8]")] = None,

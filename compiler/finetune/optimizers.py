@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from rqc.compiler.finetune.settings import Settings
+from rqc.models.lora_rite import LoraRite
 
 LORA_PLUS_RATIO = 16
 """How much faster LoRA+ trains B than A: what its authors use."""
@@ -50,4 +51,16 @@ def make_optimizer(model: Any, settings: Settings, kind: type, options: dict[str
         return create_loraplus_optimizer(model, kind, **options, **plus)
     if settings.optimizer == "lora-fa":
         return LoraFA(model, **options, weight_decay=settings.weight_decay)
+    if settings.optimizer == "lora-rite":
+        return _lora_rite(model, settings, options)
     return None
+
+
+def _lora_rite(model: nn.Module, settings: Settings, options: dict[str, Any]) -> LoraRite:
+    """LoRA-RITE on every A and B of the model; magnitudes are what is left. It cuts gradients itself."""
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    pairs = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in layers]
+    factors = {id(each) for pair in pairs for each in pair}
+    others = [each for each in model.parameters() if each.requires_grad and id(each) not in factors]
+    decay, longest = settings.weight_decay, settings.max_grad_norm
+    return LoraRite(pairs, others, **options, weight_decay=decay, max_grad_norm=longest)

@@ -25,7 +25,7 @@ MERGED_POOLS = ("qalora", "qahira")
 BASES = {"float": None, "w4": 4, "w3": 3, "w2": 2, "nf4": None}
 NF4_BLOCK = 64
 ACTIVATIONS = (16, 8, 6, 4)
-OPTIMIZERS = ("adamw", "lora-plus", "lora-fa")
+OPTIMIZERS = ("adamw", "lora-plus", "lora-fa", "lora-rite")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("fp32", "bf16", "fp16")
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica", "loftq")
@@ -33,12 +33,9 @@ CHANGES_BASE = ("pissa", "olora")
 """Starts that take what the adapter holds out of the base: W ← W − c·B₀A₀."""
 REFUSED_INITS = {
     "eora": "EoRA compensates a finished quantization, it starts no training",
-    "eva": "it needs the activations of a pass over the data, which rqc does not make before training",
+    "eva": "it needs the activations of a pass over the data, and peft's has no end where batches have few tokens",
     "corda": "it needs covariances of a pass over the data, which rqc does not make before training",
     "lora_ga": "it needs gradients of a pass over the data, which rqc does not make before training",
-}
-REFUSED_OPTIMIZERS = {
-    "lora-rite": "neither peft nor rqc implements it",
 }
 
 
@@ -156,7 +153,6 @@ class Settings:
 
     def _check_choices(self) -> None:
         _refused("init", self.init, REFUSED_INITS, INITS)
-        _refused("optimizer", self.optimizer, REFUSED_OPTIMIZERS, OPTIMIZERS)
         choices: list[tuple[str, tuple[object, ...], type[RqcError]]] = [
             ("adapter_type", ADAPTER_TYPES, InputError),
             ("init", INITS, InputError),
@@ -199,6 +195,7 @@ class Settings:
     def _check_combinations(self) -> None:
         self._check_init()
         self._check_pools()
+        self._check_optimizer()
         if self.base == "nf4" and self.adapter_type in MERGED_POOLS:
             raise SchemeError(
                 f"{self.adapter_type} on nf4: such an adapter becomes zero points, and NF4 has none",
@@ -206,13 +203,20 @@ class Settings:
             )
         if self.base == "nf4" and self.group_size not in (NF4_BLOCK, _default("group_size")):
             raise SchemeError(f"group_size {self.group_size} for nf4", hint=f"NF4 has blocks of {NF4_BLOCK}")
+        if self.eval_split and self.eval_data is not None:
+            raise InputError("eval_split and eval_data both name records to evaluate on", hint="give one of them")
+
+    def _check_optimizer(self) -> None:
         if self.optimizer == "lora-fa" and self.adapter_type not in ("lora", "dora", "qalora"):
             raise InputError(
                 f"optimizer lora-fa for {self.adapter_type}, which has no A of its own beside B",
                 hint="--optimizer adamw",
             )
-        if self.eval_split and self.eval_data is not None:
-            raise InputError("eval_split and eval_data both name records to evaluate on", hint="give one of them")
+        if self.optimizer == "lora-rite" and self.adapter_type == "qahira":
+            raise InputError(
+                "optimizer lora-rite for qahira: it steps pairs of factors, and qahira has one matrix",
+                hint="--optimizer adamw",
+            )
 
     def _check_init(self) -> None:
         kind, dense = self.adapter_type, self.adapter_type in ("lora", "dora")

@@ -254,7 +254,7 @@ def training_arguments(run: Run, settings: Settings, *, evaluates: bool) -> Trai
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        max_grad_norm=0.0 if settings.optimizer == "lora-rite" else settings.max_grad_norm,  # which has its own
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         logging_steps=1,
