@@ -27,9 +27,13 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which
 class ChatTemplate:
     """A compiled chat template with the special tokens that it may name."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        """Raises InputError if the template is not valid jinja2."""
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str] | None = None, today: datetime | None = None
+    ) -> None:
+        """today: what the template takes for now, the time of each rendering if None. Raises InputError if the template
+        is not valid jinja2."""
         self._special = dict(special_tokens or {})
+        self._clock = {} if today is None else {"strftime_now": today.strftime}
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -48,7 +52,7 @@ class ChatTemplate:
         Raises InputError for malformed messages and for what the template itself refuses.
         """
         given = {"messages": checked_messages(messages), "add_generation_prompt": add_generation_prompt}
-        data = {**self._special, "documents": None, **_plain({"tools": tools, **variables}), **given}
+        data = {**self._special, "documents": None, **self._clock, **_plain({"tools": tools, **variables}), **given}
         try:
             return self._template.render(data)
         except Exception as error:  # the template is the model's code: whatever it raises is its refusal
@@ -59,10 +63,13 @@ _WITHOUT = "use generate or stream with a prompt in the model's own format"
 _ROLES = "most templates want an optional system message, then user and assistant in turn"
 
 
-def load_chat_template(files: Mapping[str, bytes], *, with_tools: bool = False) -> ChatTemplate:
+def load_chat_template(
+    files: Mapping[str, bytes], *, with_tools: bool = False, today: datetime | None = None
+) -> ChatTemplate:
     """The template among an engine's files: chat_template.jinja, else tokenizer_config.json's.
 
-    Of several named templates "default" is taken, "tool_use" when there are tools. Raises InputError without one.
+    Of several named templates "default" is taken, "tool_use" when there are tools. today: see `ChatTemplate`. Raises
+    InputError without one.
     """
     config = _json(files, "tokenizer_config.json")
     source: Any = None
@@ -75,7 +82,7 @@ def load_chat_template(files: Mapping[str, bytes], *, with_tools: bool = False) 
             source = named.get("tool_use" if with_tools else "default", named.get("default"))
     if not isinstance(source, str) or not source:
         raise InputError("this model has no chat template", hint=_WITHOUT)
-    return ChatTemplate(source, special_tokens({**_json(files, "special_tokens_map.json"), **config}))
+    return ChatTemplate(source, special_tokens({**_json(files, "special_tokens_map.json"), **config}), today)
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

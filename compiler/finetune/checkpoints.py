@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ RUN = "run.json"
 TRAINING = "training.json"
 """In a finished adapter: settings and log."""
 BASIS = "rqc_basis.json"
+DAY = "day"
+"""In what a run is of: the day on which it was started, which chat templates may tell the model."""
 KEPT = 2
-MAY_DIFFER = ("device", "gradient_checkpointing", "save_steps", "export_plain", "eval_data")
-"""Settings that don't change what is trained; data is known by its hash."""
+MAY_DIFFER = ("device", "gradient_checkpointing", "save_steps", "export_plain", "eval_data", DAY)
+"""Settings that don't change what is trained; data, with the day in it, is known by its hash."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WRITING, _REMOVING, _LOCK = "writing", "removing", "lock"
 _FINISHED = ".checkpoints.removing"
@@ -96,10 +99,16 @@ class Run:
 
     def compare(self, identity: Identity) -> None:
         """Raise InputError, naming what differs, where there is a run or adapter of other settings, model or data."""
-        if self.unfinished:
-            _same(self.output, read_object(self.folder / RUN), identity)
-        elif self.finished:
-            _same(self.output, read_object(self.output / TRAINING)["run"], identity)
+        if (before := self._identity()) is not None:
+            _same(self.output, before, identity)
+
+    def day(self) -> datetime | None:
+        """The day on which the run, or the finished adapter, was started; None where there is none."""
+        started = (self._identity() or {}).get(DAY)
+        try:
+            return None if started is None else datetime.fromisoformat(started)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.output}: a run of the day {started!r}", hint="start it anew, elsewhere") from error
 
     @contextlib.contextmanager
     def opened(self, identity: Identity, *, resume: bool) -> Iterator[None]:
@@ -145,6 +154,17 @@ class Run:
         with explained(str(self.output)):
             os.rename(self.folder, self.output / _FINISHED)  # whole or gone, should this be killed
             shutil.rmtree(self.output / _FINISHED)
+
+    def _identity(self) -> dict[str, Any] | None:
+        """What the run, or the finished adapter, is of."""
+        if self.unfinished:
+            return read_object(self.folder / RUN)
+        if not self.finished:
+            return None
+        training = read_object(self.output / TRAINING)
+        if not isinstance(training.get("run"), dict) or not isinstance(training.get("report"), dict):
+            raise InputError(f"{self.output / TRAINING} is damaged", hint="name another directory, or restore the file")
+        return dict(training["run"])
 
     def _lock(self, descriptor: int) -> None:
         try:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import transformers
 from transformers.trainer_callback import TrainerState
 
-from rqc.compiler.finetune.checkpoints import TRAINING, Run, check_new
+from rqc.compiler.finetune.checkpoints import DAY, TRAINING, Run, check_new
 from rqc.compiler.finetune.data import Examples, load_examples, read_training_tokenizer, split
 from rqc.compiler.finetune.report import FinetuneReport, log_of, memory_text, training_json
 from rqc.compiler.finetune.settings import Settings
@@ -64,7 +65,8 @@ def finetune(
             run.check_apart(settings.export_plain)
             check_new(settings.export_plain)
     with _quiet():
-        material = Material.read(model_dir, Path(data), settings, told)
+        today = (run.day() if resume else None) or datetime.combine(date.today(), datetime.min.time())
+        material = Material.read(model_dir, Path(data), settings, told, today)
         identity = material.identity(settings)
         if resume:
             run.compare(identity)
@@ -84,12 +86,15 @@ class Material:
     held_out: Examples | None
     pad_id: int
     hashes: Mapping[str, str | None]
+    day: datetime
 
     @classmethod
-    def read(cls, model_dir: str | Path, data: Path, settings: Settings, progress: Progress) -> Material:
-        """Read and tokenize. Raises CheckpointError and InputError."""
+    def read(
+        cls, model_dir: str | Path, data: Path, settings: Settings, progress: Progress, today: datetime
+    ) -> Material:
+        """Read and tokenize. today: what chat templates take for now. Raises CheckpointError and InputError."""
         checkpoint = Checkpoint.open(model_dir)
-        tokenizer = read_training_tokenizer(model_dir)
+        tokenizer = read_training_tokenizer(model_dir, today)
         config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
         architecture = Architecture.from_config(config.to_dict())
         length = min(settings.seq_len, architecture.context_length)
@@ -104,11 +109,13 @@ class Material:
         if held_out is not None:
             progress.line(f"evaluation: {held_out.summary()}")
         hashes = {"training data": _hash(train), "evaluation data": None if held_out is None else _hash(held_out)}
-        return cls(Path(model_dir), checkpoint, checkpoint.fingerprint(), train, held_out, tokenizer.pad_id, hashes)
+        fingerprint = checkpoint.fingerprint()
+        return cls(Path(model_dir), checkpoint, fingerprint, train, held_out, tokenizer.pad_id, hashes, today)
 
     def identity(self, settings: Settings) -> dict[str, Any]:
         """What has to agree for a run to go on."""
-        return {"settings": settings.to_json(), "model": self.fingerprint, **self.hashes, "processes": processes()}
+        found = {"settings": settings.to_json(), "model": self.fingerprint, **self.hashes, "processes": processes()}
+        return {**found, DAY: self.day.date().isoformat()}
 
 
 def _train(

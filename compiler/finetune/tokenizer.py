@@ -7,9 +7,12 @@ The same code runs here on the same files: what is trained is what will be run.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -33,6 +36,7 @@ class TrainingTokenizer:
 
     end_id: the token that ends a text, None if the model has none. stop_ids: tokens at which the engine stops.
     pad_id: any token of the vocabulary, for padded positions count nowhere. config, files: of the model directory.
+    today: the day that templates write into a prompt (Llama 3.2's does), so that a run of two days has one; None: now.
     """
 
     tokenizer: Tokenizer
@@ -42,6 +46,7 @@ class TrainingTokenizer:
     pad_id: int
     config: dict[str, Any] = field(repr=False)
     files: dict[str, bytes] = field(repr=False)
+    today: datetime | None = None
     _templates: dict[bool, ChatTemplate] = field(default_factory=dict, repr=False)
 
     @property
@@ -80,13 +85,14 @@ class TrainingTokenizer:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = render_jinja_template(
-            conversations=[checked_messages(messages)],
-            tools=tools,
-            chat_template=_template_source(self.files, self.config, bool(tools)),
-            return_assistant_tokens_mask=True,
-            **special_tokens(self.config),
-        )
+        with _dated(self.today):
+            texts, spans = render_jinja_template(
+                conversations=[checked_messages(messages)],
+                tools=tools,
+                chat_template=_template_source(self.files, self.config, bool(tools)),
+                return_assistant_tokens_mask=True,
+                **special_tokens(self.config),
+            )
         if texts[0] != self.chat_text(messages, tools, prompt=False):
             raise InputError(
                 "transformers renders the chat template otherwise than the engine does",
@@ -106,12 +112,12 @@ class TrainingTokenizer:
                 hint='put a chat_template.jinja into the model directory, or use {"instruction", "output"} records',
             )
         if with_tools not in self._templates:
-            self._templates[with_tools] = load_chat_template(self.files, with_tools=with_tools)
+            self._templates[with_tools] = load_chat_template(self.files, with_tools=with_tools, today=self.today)
         return self._templates[with_tools]
 
 
-def read_training_tokenizer(model: str | Path) -> TrainingTokenizer:
-    """The tokenizer of a model directory or GGUF file.
+def read_training_tokenizer(model: str | Path, today: datetime | None = None) -> TrainingTokenizer:
+    """The tokenizer of a model directory or GGUF file, for records of that day.
 
     Raises CheckpointError where there is none or where it is damaged, InputError for a chat template that is none.
     """
@@ -127,9 +133,23 @@ def read_training_tokenizer(model: str | Path) -> TrainingTokenizer:
     end = _end_id(tokenizer, config, stops)
     ends = [] if end is None else [end]
     pad = _pad_id([*_ids(directory, known.get("pad_token_id")), *ends], known.get("vocab_size"))
-    found = TrainingTokenizer(tokenizer, codec, end, frozenset(stops or ends), pad, config, files)
+    found = TrainingTokenizer(tokenizer, codec, end, frozenset(stops or ends), pad, config, files, today)
     found.check_template()
     return found
+
+
+@contextmanager
+def _dated(today: datetime | None) -> Iterator[None]:
+    """Let transformers' templates take `today` for now; it lets nobody pass them another clock."""
+    from transformers.utils import chat_template_utils
+
+    plain = chat_template_utils.datetime
+    if today is not None:
+        chat_template_utils.datetime = SimpleNamespace(now=lambda: today)
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = plain
 
 
 def _files(directory: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
