@@ -16,7 +16,7 @@ from rqc.runtime.chat import ChatTemplate, Message, load_chat_template
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError, InputError, TargetError
 from rqc.runtime.generation import FinishReason, Generation, Row
-from rqc.runtime.options import GenerationOptions, checked_ids, split_prompts
+from rqc.runtime.options import GenerationOptions, adapter_gates, checked_ids, split_prompts
 from rqc.runtime.text import TextCodec
 
 _log = logging.getLogger("rqc.runtime")
@@ -26,6 +26,7 @@ _CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_m
 class Engine:
     """A loaded engine.plan. Use it as a context manager, or call `close` to give its memory back.
 
+    `adapters`: the names that `adapter` takes, in engines that were compiled with adapters by name.
     Continuations share no state: one that is interrupted (KeyboardInterrupt) or abandoned leaves the engine usable.
     A generation that reaches the context length ends with the finish reason "context" and a warning in the log
     `rqc.runtime` (which Python prints on stderr unless logging is configured otherwise).
@@ -49,6 +50,7 @@ class Engine:
         self._chat_files = {name: file.read(name) for name in _CHAT_FILES if file.has(name)}
         self._templates: dict[bool, ChatTemplate] = {}
         self._backend: Backend = OrtBackend(file, threads=threads, spin=spin)
+        self.adapters = _adapters(file, self._backend)
         self._finish_reasons: list[FinishReason | None] = []
 
     @classmethod
@@ -100,12 +102,13 @@ class Engine:
         top_k: int = 0,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
-        adapter: str | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Any:
         """Continue a text or token ids: a str for one prompt, a list of str for a batch.
 
         Ends at the model's end-of-text ids, at a stop string (cut off), after max_new_tokens, or where the context is
-        full; `last_finish_reasons` says which. Raises InputError for a prompt or an option that cannot be used.
+        full; `last_finish_reasons` says which. adapter: one of `adapters`, or a list with one (or None) for each
+        prompt; None is the model alone. Raises InputError for a prompt or an option that cannot be used.
         """
         options = GenerationOptions(max_new_tokens, temperature, top_p, top_k, seed, stop)
         prompts, single = split_prompts(prompt)
@@ -124,7 +127,7 @@ class Engine:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | Sequence[int] | None = None,
-        adapter: str | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Any:
         """As `generate`, but the new token ids: list[int] for one prompt, a list of them for a batch."""
         options = GenerationOptions(max_new_tokens, temperature, top_p, top_k, seed)
@@ -208,19 +211,23 @@ class Engine:
         text = self.chat_text(messages, tools=tools, template_options=template_options)
         return self._need_codec().encode(text, special=False)
 
-    def logits(self, ids: Sequence[int]) -> FloatArray:
-        """Logits at every position, float32 [n, vocab]. Raises InputError for bad ids or more than the context."""
+    def logits(self, ids: Sequence[int], *, adapter: str | None = None) -> FloatArray:
+        """Logits at every position, float32 [n, vocab], with one of `adapters` or of the model alone.
+
+        Raises InputError for bad ids, more than the context, or an adapter that is not known.
+        """
         checked = self._fitting(checked_ids(ids, self.vocab_size))
         logits = np.empty((len(checked), self.vocab_size), np.float32)
         done = 0
-        for piece in self._backend.score(checked):
+        for piece in self._backend.score(checked, adapter_gates(adapter, self.adapters, 1)):
             logits[done : done + len(piece)] = piece
             done += len(piece)
         return logits
 
-    def iter_logits(self, ids: Sequence[int]) -> Iterator[FloatArray]:
+    def iter_logits(self, ids: Sequence[int], *, adapter: str | None = None) -> Iterator[FloatArray]:
         """`logits` in pieces [m, vocab] of at most 64 MiB, for long texts."""
-        return self._backend.score(self._fitting(checked_ids(ids, self.vocab_size)))
+        gates = adapter_gates(adapter, self.adapters, 1)
+        return self._backend.score(self._fitting(checked_ids(ids, self.vocab_size)), gates)
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; special: with what the model wants around a prompt (bos)."""
@@ -246,14 +253,23 @@ class Engine:
         return f"Engine({self.path!r}, scheme={self.manifest.get('scheme')!r}, context_length={self.context_length})"
 
     def _generation(
-        self, prompts: Sequence[Any], options: GenerationOptions, adapter: str | None, codec: TextCodec | None
+        self,
+        prompts: Sequence[Any],
+        options: GenerationOptions,
+        adapter: str | Sequence[str | None] | None,
+        codec: TextCodec | None,
     ) -> Generation:
-        if adapter is not None:
-            raise InputError(
-                f"this engine has no adapter {adapter!r}: nothing in it can be switched", hint="leave adapter out"
-            )
+        gates = adapter_gates(adapter, self.adapters, len(prompts))
         ids = [self._fitting(self._ids(prompt)) for prompt in prompts]
-        return Generation(self._backend, ids, options, eos=self._eos, context_length=self.context_length, codec=codec)
+        return Generation(
+            self._backend,
+            ids,
+            options,
+            eos=self._eos,
+            context_length=self.context_length,
+            codec=codec,
+            gates=gates,
+        )
 
     def _events(self, generation: Generation) -> Iterator[tuple[int, str]]:
         """Run a generation, and keep and tell why its rows ended."""
@@ -299,6 +315,17 @@ def _context_length(manifest: Mapping[str, Any]) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise EngineFormatError(f"the manifest's context_length is {value!r}, which is no length")
     return value
+
+
+def _adapters(file: EngineFile, backend: Backend) -> tuple[str, ...]:
+    """The names of the adapters that can be switched on. Raises EngineFormatError where the graph has others."""
+    names = tuple((file.manifest.get("adapter") or {}).get("names", []))
+    if len(names) != backend.adapters:
+        raise EngineFormatError(
+            f"{file.path} names {len(names)} adapters, its graph switches {backend.adapters}",
+            hint="copy or compile the engine again",
+        )
+    return names
 
 
 def _codec(file: EngineFile, generation: Mapping[str, Any]) -> TextCodec | None:

@@ -99,10 +99,15 @@ class Generation:
         eos: frozenset[int],
         context_length: int,
         codec: TextCodec | None,
+        gates: FloatArray | None = None,
     ) -> None:
-        """prompts: int64 [length] each, none longer than the context; codec None: tokens only, no text."""
+        """prompts: int64 [length] each, none longer than the context; codec None: tokens only, no text.
+
+        gates: float32 [rows, adapters], for engines whose adapters can be switched.
+        """
         self._backend = backend
         self._prompts = list(prompts)
+        self._gates = gates
         self._eos = eos
         self._wanted = int(options.max_new_tokens)
         samplers = options.samplers(len(prompts))
@@ -124,7 +129,8 @@ class Generation:
         active = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
         if not active:
             return
-        sequences, logits = self._backend.start([self._prompts[index] for index in active])
+        gates = None if self._gates is None else self._gates[active]
+        sequences, logits = self._backend.start([self._prompts[index] for index in active], gates)
         while True:
             for place, index in enumerate(active):
                 piece = self._advance(self.rows[index], logits[place])

@@ -235,14 +235,17 @@ def _rotation_text(rotation: Mapping[str, Any] | None) -> str:
 
 
 def _adapter_text(adapter: Any) -> str:
-    """Kind, way and survival of the adapter that an engine holds."""
+    """Kind, way and survival of the adapters that an engine holds, and what they are switched by."""
     if not isinstance(adapter, Mapping):
         return "none"
     how = {"fold": "folded into the weights", "zero-point": "in zero points", "branch": "beside the weights"}
     survival = adapter.get("survival")
     left = f", at least {survival:.3g} of it left in every linear" if isinstance(survival, (int, float)) else ""
-    merge = str(adapter.get("merge"))
-    return f"{adapter.get('kind')}, {how.get(merge, merge)}{left}"
+    merge, kind, names = str(adapter.get("merge")), adapter.get("kind"), adapter.get("names")
+    count = len(adapter.get("adapters", []))
+    what = f"{count} adapters ({kind})" if count else str(kind)
+    switch = f", switched at run time: {', '.join(map(str, names))}" if isinstance(names, list) else ""
+    return f"{what}, {how.get(merge, merge)}{left}{switch}"
 
 
 def _model_text(manifest: Mapping[str, Any]) -> str:

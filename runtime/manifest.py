@@ -34,6 +34,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "rotation": (dict, type(None)),
     "provenance": dict,
     "layers": list,
+    "adapter": (dict, type(None)),
+    "adapter.names": list,
 }
 _POSITIVE = ("context_length", "graph.layers", "graph.kv_heads", "graph.head_dim", "graph.vocab_size")
 _WORDS = {"graph.cache": ("shared", "concat")}
@@ -102,6 +104,10 @@ def _check_value(key: str, value: Any, kind: type | tuple[type, ...]) -> None:
         raise _damaged(f"{key} is {str(value)[:40]!r}, not positive")
     if key in _WORDS and value not in _WORDS[key]:
         raise _damaged(f"{key} is {value[:40]!r} instead of one of {', '.join(_WORDS[key])}")
+    if key == "adapter.names" and not (items and all(_is(item, str) and item for item in items)):
+        raise _damaged(f"{key} is {str(value)[:40]!r}")
+    if key == "adapter.names" and len(set(items)) < len(items):
+        raise _damaged(f"{key} has a name twice")
     if key == "generation.eos_token_ids" and not all(_is(item, int) for item in items):
         raise _damaged(f"{key} is {str(value)[:40]!r}")
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from rqc.runtime.backends.base import IntArray
+from rqc.runtime.backends.base import FloatArray, IntArray
 from rqc.runtime.errors import InputError
 from rqc.runtime.sampling import Sampler
 
@@ -108,6 +108,31 @@ def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
 def _listed(value: Any) -> Any:
     """Arrays and tensors of any library as lists, everything else as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def adapter_gates(adapter: Any, names: Sequence[str], rows: int) -> FloatArray | None:
+    """How much of each adapter each row adds, float32 [rows, adapters] of 0 and 1; None where there are none.
+
+    adapter: a name for all rows, one for each in a list, or None (also in the list) for the model alone. Raises
+    InputError for a name that the engine does not know.
+    """
+    each = [adapter] * rows if adapter is None or isinstance(adapter, str) else _listed(adapter)
+    if not isinstance(each, Sequence):
+        raise InputError(f"adapter is {adapter!r}", hint="adapter is a name, or a list with one for each prompt")
+    if len(each) != rows:
+        raise InputError(f"{len(each)} adapters for {rows} prompts", hint="give one adapter, or one for each prompt")
+    for name in each:
+        if name is not None and name not in names:
+            raise InputError(f"this engine has no adapter {name!r}", hint=_known(names))
+    if not names:
+        return None
+    return np.asarray([[float(known == name) for known in names] for name in each], np.float32).reshape(rows, -1)
+
+
+def _known(names: Sequence[str]) -> str:
+    if not names:
+        return "nothing in it can be switched: leave adapter out"
+    return f"it has {', '.join(names)}; without adapter it is the model alone"
 
 
 def checked_ids(ids: Any, vocab_size: int) -> IntArray:

@@ -41,11 +41,18 @@ class Backend(Protocol):
     def vocab_size(self) -> int:
         """Width of the logits."""
 
-    def start(self, prompts: Sequence[IntArray]) -> tuple[Sequences, FloatArray]:
-        """Read the prompts, each int64 [length >= 1]; return the sequences and the logits after each, [rows, vocab]."""
+    @property
+    def adapters(self) -> int:
+        """Adapters that can be switched on, each by its gate."""
 
-    def score(self, ids: IntArray) -> Iterator[FloatArray]:
-        """Logits at every position of one sequence from an empty cache, in pieces [n, vocab]."""
+    def start(self, prompts: Sequence[IntArray], gates: FloatArray | None = None) -> tuple[Sequences, FloatArray]:
+        """Read the prompts, each int64 [length >= 1]; return the sequences and the logits after each, [rows, vocab].
+
+        gates: float32 [rows, adapters], how much of each adapter a row adds; None for the model alone.
+        """
+
+    def score(self, ids: IntArray, gates: FloatArray | None = None) -> Iterator[FloatArray]:
+        """Logits at every position of one sequence from an empty cache, in pieces [n, vocab]; gates [1, adapters]."""
 
     def close(self) -> None:
         """Release the model."""

@@ -14,15 +14,16 @@ import numpy as np
 import onnxruntime as ort
 
 from rqc.runtime.backends.base import AnyArray, FloatArray, IntArray
-from rqc.runtime.backends.graph_io import GraphIO
+from rqc.runtime.backends.graph_io import GATES, GraphIO
 from rqc.runtime.backends.session import run_bound
 
 
 class ConcatSequences:
     """`rows` sequences over caches [rows, heads, slots, dim] per layer that grow by what is appended."""
 
-    def __init__(self, session: ort.InferenceSession, io: GraphIO, rows: int) -> None:
+    def __init__(self, session: ort.InferenceSession, io: GraphIO, rows: int, gates: FloatArray | None = None) -> None:
         self._session = session
+        self._gates = io.gates(gates, rows)
         self._io = io
         self._lengths = np.zeros(rows, np.int64)
         self._slots = 0
@@ -41,6 +42,7 @@ class ConcatSequences:
             "position_ids": self._lengths[:, None] + np.arange(length),
             "attention_mask": (np.arange(slots) >= (self._slots - self._lengths)[:, None]).astype(np.int64),
             "logits_positions": wanted,
+            GATES: self._gates,
         }
         pick = not self._io.takes("logits_positions")
         logits = np.empty((rows, length if pick else wanted.shape[1], self._io.vocab_size), np.float32)
@@ -69,6 +71,7 @@ class ConcatSequences:
     def keep(self, rows: Sequence[int]) -> None:
         picked = list(rows)
         self._lengths = self._lengths[picked]
+        self._gates = self._gates[picked]
         kept = int(self._lengths.max())
         first, self._slots = self._slots - kept, kept
         self._past = [_ortvalue(past.numpy()[picked, :, first:]) for past in self._past]
@@ -81,6 +84,7 @@ class ConcatSequences:
         batch = cls(parts[0]._session, parts[0]._io, 0)
         batch._slots = max(part._slots for part in parts)
         batch._lengths = np.concatenate([part._lengths for part in parts])
+        batch._gates = np.concatenate([part._gates for part in parts])
         for index, slot in enumerate(batch._io.slots):
             cache = slot.zeros(len(batch._lengths), batch._slots)
             row = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rqc.runtime.backends.base import AnyArray
+from rqc.runtime.backends.base import AnyArray, FloatArray
 from rqc.runtime.errors import EngineFormatError
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -20,8 +20,13 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
 }
+GATES = "adapter_gates"
+"""The input [batch, adapters] of graphs whose adapters can be switched: how much each row adds of each, 1 or 0."""
 _PLAIN_INPUTS = frozenset(
-    {"input_ids", "position_ids", "attention_mask", "seqlens_k", "total_sequence_length", "logits_positions"}
+    {
+        *("input_ids", "position_ids", "attention_mask", "seqlens_k", "total_sequence_length", "logits_positions"),
+        GATES,
+    }
 )
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
@@ -43,15 +48,21 @@ class CacheSlot:
 
 @dataclass(frozen=True)
 class GraphIO:
-    """The interface of a decoder graph: plain inputs with their types, cache slots in layer order."""
+    """The interface of a decoder graph: plain inputs with their types, cache slots in layer order, and how many
+    adapters it can switch."""
 
     inputs: Mapping[str, type[np.generic]]
     slots: tuple[CacheSlot, ...]
     vocab_size: int
+    adapters: int = 0
 
     def takes(self, name: str) -> bool:
         """Whether the graph has this input; exporters leave out what a graph does not use."""
         return name in self.inputs
+
+    def gates(self, gates: FloatArray | None, rows: int) -> FloatArray:
+        """The gates [rows, adapters] as given; closed ones for None."""
+        return np.zeros((rows, self.adapters), np.float32) if gates is None else gates
 
 
 def read_graph_io(inputs: Sequence[Any], outputs: Sequence[Any], graph: Mapping[str, Any]) -> GraphIO:
@@ -76,7 +87,10 @@ def read_graph_io(inputs: Sequence[Any], outputs: Sequence[Any], graph: Mapping[
             )
         slots.append((int(match[1]), match[2], _slot(arg, int(match[1]), match[2], results, graph)))
     slots.sort(key=lambda item: item[:2])
-    return GraphIO(plain, tuple(slot for _, _, slot in slots), _vocab_size(outputs, graph))
+    widths = [arg.shape[-1] for arg in inputs if arg.name == GATES]
+    if not all(isinstance(width, int) and width > 0 for width in widths):
+        raise EngineFormatError(f"graph.onnx does not state how many adapters {GATES} switches")
+    return GraphIO(plain, tuple(slot for _, _, slot in slots), _vocab_size(outputs, graph), sum(widths))
 
 
 def _slot(arg: Any, layer: int, kind: str, results: set[str], graph: Mapping[str, Any]) -> CacheSlot:

@@ -49,20 +49,25 @@ class OrtBackend:
     def vocab_size(self) -> int:
         return self._io.vocab_size
 
-    def start(self, prompts: Sequence[IntArray]) -> tuple[Sequences, FloatArray]:
+    @property
+    def adapters(self) -> int:
+        return self._io.adapters
+
+    def start(self, prompts: Sequence[IntArray], gates: FloatArray | None = None) -> tuple[Sequences, FloatArray]:
+        gates = self._io.gates(gates, len(prompts))
         if self._shared:
-            return self._start_shared(prompts)
+            return self._start_shared(prompts, gates)
         parts, logits = [], []
-        for ids in prompts:
-            part = ConcatSequences(self._session, self._io, 1)
+        for row, ids in enumerate(prompts):
+            part = ConcatSequences(self._session, self._io, 1, gates[row : row + 1])
             for begin, end in self._pieces(len(ids), self._chunk):
                 last = part.append(ids[None, begin:end], _last(end - begin)[None])
             parts.append(part)
             logits.append(last[0, 0])
         return ConcatSequences.joined(parts), np.stack(logits)
 
-    def _start_shared(self, prompts: Sequence[IntArray]) -> tuple[Sequences, FloatArray]:
-        sequences = SharedSequences(self._session, self._io, len(prompts), self._limit)
+    def _start_shared(self, prompts: Sequence[IntArray], gates: FloatArray) -> tuple[Sequences, FloatArray]:
+        sequences = SharedSequences(self._session, self._io, len(prompts), self._limit, gates)
         logits = np.empty((len(prompts), self.vocab_size), np.float32)
         for row, ids in enumerate(prompts):
             for begin, end in self._pieces(len(ids), self._chunk):
@@ -70,18 +75,18 @@ class OrtBackend:
             logits[row] = last[0]
         return sequences, logits
 
-    def score(self, ids: IntArray) -> Iterator[FloatArray]:
+    def score(self, ids: IntArray, gates: FloatArray | None = None) -> Iterator[FloatArray]:
         chunk = min(self._chunk, max(1, _SCORE_BYTES // (4 * self.vocab_size)))
-        append = self._single_row()
+        append = self._single_row(gates)
         for begin, end in self._pieces(len(ids), chunk):
             yield append(ids[begin:end], np.arange(end - begin))
 
-    def _single_row(self) -> Callable[[IntArray, IntArray], FloatArray]:
+    def _single_row(self, gates: FloatArray | None) -> Callable[[IntArray, IntArray], FloatArray]:
         """A fresh sequence as a function: append ids [n], get the logits at the wanted [m] of them, [m, vocab]."""
         if self._shared:
-            shared = SharedSequences(self._session, self._io, 1, self._limit)
+            shared = SharedSequences(self._session, self._io, 1, self._limit, gates)
             return lambda ids, wanted: shared.prefill(0, ids, wanted)
-        concat = ConcatSequences(self._session, self._io, 1)
+        concat = ConcatSequences(self._session, self._io, 1, gates)
         return lambda ids, wanted: concat.append(ids[None], wanted[None])[0]
 
     @staticmethod

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from rqc.runtime.backends.base import AnyArray, FloatArray, IntArray
-from rqc.runtime.backends.graph_io import GraphIO
+from rqc.runtime.backends.graph_io import GATES, GraphIO
 from rqc.runtime.backends.session import run_bound
 
 _FIRST_CAPACITY = 256
@@ -25,8 +25,11 @@ _FIRST_CAPACITY = 256
 class SharedSequences:
     """`rows` sequences over buffers [rows, heads, capacity, dim] per layer, capacity a power of two up to `limit`."""
 
-    def __init__(self, session: ort.InferenceSession, io: GraphIO, rows: int, limit: int) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, io: GraphIO, rows: int, limit: int, gates: FloatArray | None = None
+    ) -> None:
         self._session = session
+        self._gates = io.gates(gates, rows)
         self._io = io
         self._limit = limit
         self._lengths = np.zeros(rows, np.int64)
@@ -47,7 +50,7 @@ class SharedSequences:
         """Append ids [n] to one row; logits at the positions `wanted` of this piece, float32 [len(wanted), vocab]."""
         self._reserve(int(self._lengths[row]) + len(ids))
         caches = [cache[row : row + 1] for cache in self._caches]
-        call = _Call(self._session, self._io, caches, ids[None, :], wanted[None, :])
+        call = _Call(self._session, self._io, caches, ids[None, :], wanted[None, :], self._gates[row : row + 1])
         logits: FloatArray = call.run(self._lengths[row : row + 1])[0]
         self._lengths[row] += len(ids)
         return logits
@@ -56,7 +59,7 @@ class SharedSequences:
         self._reserve(int(self._lengths.max()) + 1)
         if self._decode is None:
             first = np.zeros((len(tokens), 1), np.int64)
-            self._decode = _Call(self._session, self._io, self._caches, first, first)
+            self._decode = _Call(self._session, self._io, self._caches, first, first, self._gates)
         self._decode.ids[:, 0] = tokens
         logits: FloatArray = self._decode.run(self._lengths)[:, 0]
         self._lengths += 1
@@ -67,6 +70,7 @@ class SharedSequences:
         for index, cache in enumerate(self._caches):
             self._caches[index] = np.ascontiguousarray(cache[picked])
         self._lengths = self._lengths[picked]
+        self._gates = self._gates[picked]
         self._decode = None
 
     def _reserve(self, length: int) -> None:
@@ -89,7 +93,13 @@ class _Call:
     """One binding of the graph for a fixed shape: buffers are bound by address once, later runs only change values."""
 
     def __init__(
-        self, session: ort.InferenceSession, io: GraphIO, caches: list[AnyArray], ids: IntArray, wanted: IntArray
+        self,
+        session: ort.InferenceSession,
+        io: GraphIO,
+        caches: list[AnyArray],
+        ids: IntArray,
+        wanted: IntArray,
+        gates: FloatArray,
     ) -> None:
         rows, length = ids.shape
         self._session = session
@@ -102,6 +112,7 @@ class _Call:
             "seqlens_k": np.zeros(rows, np.int32),
             "total_sequence_length": np.zeros((), np.int32),
             "logits_positions": np.array(wanted, np.int64),
+            GATES: np.array(gates, np.float32),
         }
         shape = (rows, length if self._pick else wanted.shape[1], io.vocab_size)
         self._logits = np.empty(shape, np.float32)

@@ -28,7 +28,7 @@ class Scripted:
         self.scripts = scripts
         self.lengths = np.zeros(len(scripts), np.int64)
 
-    def start(self, prompts):
+    def start(self, prompts, gates=None):
         self.rows, self.place = list(range(len(prompts))), 0
         return self, self._logits()
 
