@@ -1,23 +1,23 @@
-"""The reference of an engine with an adapter: the PEFT model in PyTorch, as it was trained, and in the engine's frame.
+"""The reference of an engine with adapters: the PEFT model in PyTorch, as it was trained, and in the engine's frame.
 
-As it was trained: plain peft on the plain model or, where the adapter has a basis, on the model folded into it, with
-the base on the grid that the adapter was trained on. In the engine's frame: the same linears as the engine's, with the
-adapter in peft's wrappers where the engine computes it beside, and in the weights elsewhere.
+As it was trained: plain peft, all adapters active, on the plain model or, where an adapter has a basis, on the model
+folded into it, with the base on the grid that it was trained on. In the engine's frame: the same linears as the
+engine's, with the adapters in peft's wrappers where the engine computes them beside, and in the weights elsewhere.
 """
 
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
+from rqc.compiler.adapter_bases import bound
+from rqc.compiler.adapter_sources import AdapterSource
+from rqc.compiler.peft_wrappers import attach, delta_of, install, merge_in, one_delta, wraps
 from rqc.models.adapter import Adapter, write_adapter
 from rqc.models.adapter_frames import to_frame, to_plain
 from rqc.models.adapter_names import torch_names
@@ -25,124 +25,202 @@ from rqc.models.algebra import dimensions
 from rqc.models.checkpoint import Checkpoint
 from rqc.models.delta import Delta
 from rqc.models.description import Description
-from rqc.models.experts import peft_sees_linears
-from rqc.models.grid import quantize
-from rqc.models.reference import Part, Reference
+from rqc.models.grid import Grid, quantize
+from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError
 
-NAME = "default"
-"""peft's name of an adapter that has none."""
 UNROTATED = Rotation(frozenset())
 
 
-def check_presence(file: EngineFile, directory: str | Path | None) -> None:
-    """Raise InputError for an engine with an adapter but no directory to compare with, and the other way round."""
+def check_presence(file: EngineFile, sources: Sequence[AdapterSource]) -> None:
+    """Raise InputError for an engine with adapters but no directories to compare with, and the other way round; for
+    one whose adapters have names, unless these are given, each with its directory."""
     recorded = file.manifest["adapter"]
-    if recorded is not None and directory is None:
+    if recorded is None:
+        if sources:
+            raise InputError(
+                f"{file.path} holds no adapter, {sources[0].path} was given",
+                hint="leave --adapter out, or compile with it",
+            )
+        return
+    names = list(recorded.get("names", []))
+    if not sources:
+        held = " and ".join(names or [one["fingerprint"][:12] for one in _each(recorded)])
         raise InputError(
-            f"{file.path} holds the adapter {recorded['fingerprint'][:12]}, none was given",
-            hint="--adapter DIR: the one that it was compiled with",
+            f"{file.path} holds the adapter {held}, none was given",
+            hint=f"--adapter {f'{names[0]}=' if names else ''}DIR: {'each' if len(_each(recorded)) > 1 else 'the'} one "
+            "that it was compiled with",
         )
-    if recorded is None and directory is not None:
+    given = [source.name for source in sources if source.name is not None]
+    if sorted(given) != sorted(names):
         raise InputError(
-            f"{file.path} holds no adapter, {directory} was given", hint="leave --adapter out, or compile with it"
+            f"{file.path} can switch {', '.join(names) or 'no adapter'}, given were {', '.join(given) or 'no names'}",
+            hint=" ".join(f"--adapter {name}=DIR" for name in names) or "--adapter DIR, without a name",
         )
+
+
+def _each(recorded: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The records of an engine's adapters; that of a single one is the record itself."""
+    each: list[Mapping[str, Any]] = recorded.get("adapters", [recorded])
+    return each
 
 
 @dataclass(frozen=True, eq=False)
 class Adapted:
-    """A model directory with its adapter, from which references are made. `notes`: what a reader should know."""
+    """A model directory with its adapters, from which references are made. `notes`: what a reader should know."""
 
     model_dir: Path
-    adapter: Adapter
+    adapters: tuple[Adapter, ...]
     description: Description
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def open(cls, file: EngineFile, model_dir: str | Path, directory: Path, description: Description) -> Adapted:
-        """The adapter of an engine. Raises InputError for another one, and what `Adapter.open` and `check` raise."""
+    def open(
+        cls, file: EngineFile, model_dir: str | Path, sources: Sequence[AdapterSource], description: Description
+    ) -> Adapted:
+        """Adapters of an engine: all of them, or by name. Raises InputError for others, and what `Adapter.open` and
+        `check` raise."""
         tied = description.architecture.tied and file.manifest["tied"] != "untie"
         description = replace(description, architecture=replace(description.architecture, tied=tied))
         checkpoint = Checkpoint.open(model_dir)
-        adapter = Adapter.open(directory, description, checkpoint.read)
-        recorded = str(file.manifest["adapter"]["fingerprint"])
-        if adapter.fingerprint != recorded:
+        adapters = [Adapter.open(source.path, description, checkpoint.read) for source in sources]
+        recorded = _each(file.manifest["adapter"])
+        if sources[0].name is not None:
+            recorded = [next(one for one in recorded if one.get("name") == source.name) for source in sources]
+        wanted, found = (
+            [str(one["fingerprint"]) for one in recorded],
+            [adapter.fingerprint for adapter in adapters],
+        )
+        if sorted(wanted) != sorted(found):
             raise InputError(
-                f"{file.path} holds the adapter {recorded[:12]}, {directory} is {adapter.fingerprint[:12]}",
+                f"{file.path} holds the adapter {_listed(wanted)}, {_listed([source.path for source in sources])} is "
+                f"{_listed(found)}",
                 hint="give the adapter that the engine was compiled with",
             )
-        adapter.check(description, checkpoint.fingerprint())
-        return cls(Path(model_dir), adapter, description)
+        for adapter in adapters:
+            adapter.check(description, checkpoint.fingerprint())
+        return cls(Path(model_dir), tuple(adapters[found.index(one)] for one in wanted), description)
 
     @property
     def own(self) -> Rotation:
-        """The rotation in which the adapter was trained."""
-        return UNROTATED if self.adapter.basis is None else self.adapter.basis.rotation
+        """The rotation in which the adapters were trained; where they differ, that of one that cannot leave its own,
+        else none."""
+        rotations = {self._hash(_rotation(adapter)): _rotation(adapter) for adapter in self.adapters}
+        if len(rotations) == 1:
+            return next(iter(rotations.values()))
+        return next((_rotation(adapter) for adapter in self.adapters if bound(adapter) is not None), UNROTATED)
+
+    @property
+    def names(self) -> dict[str, None]:
+        """The weights that an adapter updates, in order."""
+        return dict.fromkeys(name for adapter in self.adapters for name in adapter.deltas)
 
     @property
     def base_is_float(self) -> bool:
-        """Whether the adapter was trained on float weights, so that it can be compared with them."""
-        return self.adapter.basis is None or self.adapter.basis.grid is None
+        """Whether the adapters were trained on float weights, so that they can be compared with them."""
+        return self._grid() is None
 
     def trained(self) -> Reference:
-        """The PEFT model as it was trained."""
+        """The PEFT model as it was trained, all adapters active."""
 
         def prepare(reference: Reference) -> None:
             reference.fold(self.own, tied=reference.description.architecture.tied)
             self._quantize_base(reference)
 
-        reference = self._attached(prepare)
+        reference = self._attached(prepare, self.own)
         reference.rotate_online(self.own, tied=reference.description.architecture.tied)
         return reference
 
     def framed(self, rotation: Rotation, *, tied: bool, beside: Collection[str]) -> Reference:
         """The same function in the engine's frame, on float weights, but for the online rotations.
 
-        The adapter stays in wrappers around the linears named in `beside` and goes into the weights of all others. What
+        The adapters stay in wrappers around the linears named in `beside` and go into the weights of all others. What
         LoftQ took out of the base before it was quantized is taken out here too.
         """
         if self._hash(rotation) == self._hash(self.own):
-            reference = self._attached(lambda fresh: self._fold(fresh, rotation, tied))
+            reference = self._attached(lambda fresh: self._fold(fresh, rotation, tied), rotation)
             self._merge_all_but(reference, beside)
             return reference
         read = Checkpoint.open(self.model_dir).read
         reference = self._attached(lambda fresh: None if tied else fresh.untie())  # before a head takes an adapter up
-        if self.own.sites:
-            for name, delta in self.adapter.deltas.items():
-                _install(reference.parts[name], to_plain(name, delta, self.description, self.own, read))
+        for index, adapter in enumerate(self.adapters):
+            if _rotation(adapter).sites:
+                for name, delta in adapter.deltas.items():
+                    plain = to_plain(name, delta, self.description, _rotation(adapter), read)
+                    install(reference.parts[name], index, plain)
         self._merge_all_but(reference, beside)
-        plain = {name: delta_of(reference.parts[name]) for name in self.adapter.deltas if name in beside}
-        for name, delta in plain.items():
-            _install(reference.parts[name], to_frame(name, delta, self.description, rotation, read))
+        framed = {
+            (name, index): to_frame(name, one_delta(reference.parts[name], index), self.description, rotation, read)
+            for index, adapter in enumerate(self.adapters)
+            for name in adapter.deltas
+            if name in beside
+        }
+        for (name, index), delta in framed.items():
+            install(reference.parts[name], index, delta)
         reference.fold(rotation, tied=tied)
         return reference
+
+    def beside(self, reference: Reference, names: Collection[str]) -> dict[str, Delta]:
+        """What the wrappers of a reference add to the linears in `names`, summed."""
+        return {name: delta_of(reference.parts[name]) for name in self.names if name in names}
 
     def _hash(self, rotation: Rotation) -> str | None:
         return rotation.basis(dimensions(self.description)) if rotation.sites else None
 
-    def _attached(self, prepare: Callable[[Reference], None]) -> Reference:
-        """A fresh model, prepared, then wrapped by plain peft. What peft cannot open is converted first, and noted."""
-        reference = Reference.load(self.model_dir)
-        prepare(reference)
-        reason = _attach(reference, self.adapter.directory) or self._left_out(reference)
-        if reason is None:
-            return reference
-        self._note(f"peft cannot open {self.adapter.directory} ({reason}): compared with it written as plain LoRA")
-        reference = Reference.load(self.model_dir)
-        prepare(reference)
-        with tempfile.TemporaryDirectory(prefix="rqc-adapter-") as folder:
-            write_adapter(folder, self.adapter.deltas, None, torch_names=torch_names(self.description))
-            reason = _attach(reference, Path(folder)) or self._left_out(reference)
-        if reason is not None:
-            raise InputError(f"peft cannot open {self.adapter.directory}: {reason}", hint="give a PEFT directory")
-        return reference
+    def _grid(self) -> Grid | None:
+        grids = (None if adapter.basis is None else adapter.basis.grid for adapter in self.adapters)
+        return next((grid for grid in grids if grid is not None), None)
 
-    def _left_out(self, reference: Reference) -> str | None:
-        """Peft passes over what it finds no module for."""
-        bare = [name for name in self.adapter.deltas if not hasattr(reference.parts[name].module, "lora_A")]
-        return f"it left {bare[0]} without an adapter" if bare else None
+    def _attached(self, prepare: Callable[[Reference], None], frame: Rotation | None = None) -> Reference:
+        """A fresh model, prepared, then wrapped by plain peft, all adapters active.
+
+        frame: the basis of the prepared model; adapters of another one are carried into it by rqc, None: as they are.
+        What peft cannot open is converted first. Both are noted.
+        """
+        carried = {} if frame is None else self._carried(frame)
+        while True:
+            reference = Reference.load(self.model_dir)
+            prepare(reference)
+            failed = self._attach_all(reference, carried)
+            if failed is None:
+                return reference
+            index, reason = failed
+            directory = self.adapters[index].directory
+            if index in carried:
+                raise InputError(f"peft cannot open {directory}: {reason}", hint="give a PEFT directory")
+            self._note(f"peft cannot open {directory} ({reason}): compared with it written as plain LoRA")
+            carried[index] = self.adapters[index].deltas
+
+    def _carried(self, frame: Rotation) -> dict[int, Mapping[str, Delta]]:
+        """The adapters of another basis than `frame`, in it, by number."""
+        read, found = Checkpoint.open(self.model_dir).read, dict[int, Mapping[str, Delta]]()
+        for index, adapter in enumerate(self.adapters):
+            own = _rotation(adapter)
+            if self._hash(own) == self._hash(frame):
+                continue
+            self._note(f"{adapter.directory} is of another basis ({own}): compared with it carried into {frame}")
+            deltas = {name: to_plain(name, d, self.description, own, read) for name, d in adapter.deltas.items()}
+            found[index] = {name: to_frame(name, d, self.description, frame, read) for name, d in deltas.items()}
+        return found
+
+    def _attach_all(self, reference: Reference, carried: Mapping[int, Mapping[str, Delta]]) -> tuple[int, str] | None:
+        """Wrap a model by all adapters. The number of one that peft cannot open, and why."""
+        wrapped: Any = None
+        with tempfile.TemporaryDirectory(prefix="rqc-adapter-") as folder:
+            for index, adapter in enumerate(self.adapters):
+                directory, deltas = adapter.directory, carried.get(index)
+                if deltas is not None:
+                    directory = Path(folder) / str(index)
+                    write_adapter(directory, deltas, None, torch_names=torch_names(self.description))
+                wrapped, reason = attach(reference, wrapped, directory, index)
+                bare = [name for name in adapter.deltas if not wraps(reference.parts[name], index)]
+                if reason is None and bare:
+                    reason = f"it left {bare[0]} without an adapter"
+                if reason is not None:
+                    return index, reason
+        return None
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
@@ -153,11 +231,12 @@ class Adapted:
         self._subtract_residual(reference)
 
     def _subtract_residual(self, reference: Reference) -> None:
-        for name, delta in self.adapter.residual.items():
-            reference.set_weight(name, (reference.read(name) - delta.dense()).astype(np.float32))
+        for adapter in self.adapters:
+            for name, delta in adapter.residual.items():
+                reference.set_weight(name, (reference.read(name) - delta.dense()).astype(np.float32))
 
     def _quantize_base(self, reference: Reference) -> None:
-        grid = None if self.adapter.basis is None else self.adapter.basis.grid
+        grid = self._grid()
         if grid is None:
             return
         self._subtract_residual(reference)
@@ -166,66 +245,14 @@ class Adapted:
                 reference.set_weight(claim.weight, quantize(reference.read(claim.weight), grid).dequantize())
 
     def _merge_all_but(self, reference: Reference, beside: Collection[str]) -> None:
-        """W ← W + c B A (DoRA: diag(m / n) of it) in float64, B ← 0; wrappers with nothing left in them go."""
-        names = [name for name in self.adapter.deltas if name not in beside]
-        for name in names:
-            part = reference.parts[name]
-            merged = delta_of(part).merged(reference.read(name))
-            reference.set_weight(name, merged.astype(np.float32))
-            _factors(part)[1].weight.data[part.rows] = 0
-        for path in {reference.parts[name].path for name in names}:
-            layer: Any = reference.model.get_submodule(path)
-            if not layer.lora_B[NAME].weight.any():
-                reference.model.set_submodule(path, layer.get_base_layer())
+        """Put the adapters of all other linears into their weights; wrappers with nothing left in them go."""
+        merge_in(reference, [name for name in self.names if name not in beside])
 
 
-def _attach(reference: Reference, directory: Path) -> str | None:
-    """Wrap the model's linears by plain peft, with the adapter of a directory. The reason where peft cannot."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings(record=True) as told, peft_sees_linears(reference.model):
-        warnings.simplefilter("always")
-        try:
-            PeftModel.from_pretrained(reference.model, str(directory), torch_device="cpu").eval()
-        except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
-            return " ".join(str(error).split())[:200]
-    missing = [str(warning.message) for warning in told if "missing adapter keys" in str(warning.message)]
-    return missing[0][:200] if missing else None
+def _rotation(adapter: Adapter) -> Rotation:
+    """The rotation in which an adapter was trained."""
+    return UNROTATED if adapter.basis is None else adapter.basis.rotation
 
 
-def delta_of(part: Part) -> Delta:
-    """What peft's wrapper adds to a part."""
-    layer: Any = part.module
-    a, b = _factors(part)
-    magnitude = layer.lora_magnitude_vector[NAME].weight if NAME in layer.lora_magnitude_vector else None
-    return Delta(
-        _wide(a.weight),
-        _wide(b.weight[part.rows]),
-        float(layer.scaling[NAME]),
-        None if magnitude is None else _wide(magnitude[part.rows]),
-    )
-
-
-@torch.no_grad()
-def _install(part: Part, delta: Delta) -> None:
-    """Let peft's wrapper add another delta to a part. Parts of one module share A, as they share their input."""
-    layer: Any = part.module
-    a, b = _factors(part)
-    if delta.rank != a.weight.shape[0]:
-        layer.lora_A[NAME] = nn.Linear(a.weight.shape[1], delta.rank, bias=False)
-        layer.lora_B[NAME] = nn.Linear(delta.rank, b.weight.shape[0], bias=False)
-        a, b = _factors(part)
-    a.weight.copy_(torch.from_numpy(delta.a))
-    b.weight[part.rows].copy_(torch.from_numpy(delta.b * (delta.scale / layer.scaling[NAME])))
-    if delta.magnitude is not None:
-        layer.lora_magnitude_vector[NAME].weight[part.rows].copy_(torch.from_numpy(delta.magnitude))
-
-
-def _factors(part: Part) -> tuple[Any, Any]:
-    layer: Any = part.module
-    return layer.lora_A[NAME], layer.lora_B[NAME]
-
-
-def _wide(tensor: torch.Tensor) -> np.ndarray:
-    wide: np.ndarray = tensor.detach().double().numpy()
-    return wide
+def _listed(words: Sequence[object]) -> str:
+    return " and ".join(str(word) if isinstance(word, Path) else str(word)[:12] for word in words)

@@ -85,7 +85,12 @@ def compile_(
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs.  [default: 0]")] = None,
     hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A PEFT directory to merge; it brings its basis and grid along.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="A PEFT directory to merge; it brings its basis and grid along. Repeated: their sum, or with names, "
+            "one that `run --adapter NAME` switches on.",
+        ),
     ] = None,
     merge: Annotated[str | None, typer.Option(help="auto fold zero-point branch.  [default: auto]")] = None,
     min_survival: Annotated[
@@ -121,6 +126,7 @@ def compile_(
 
     # the other flags are the fields of a recipe, by name
     options = {name: value for name, value in context.params.items() if name in Recipe.__dataclass_fields__}
+    options["adapter"] = adapter or None
     with result_on_stdout() as emit, Steps() as progress:
         value = compile_engine(
             model_dir,
@@ -143,7 +149,8 @@ def verify(
     engine: EnginePath,
     model_dir: ModelDir,
     adapter: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The adapter that the engine was compiled with.")
+        list[str] | None,
+        typer.Option(metavar="[NAME=]DIR", help="The adapter that the engine was compiled with; repeatable."),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to compare.")] = 2048,
@@ -188,13 +195,16 @@ def run(
     top_k: Annotated[int, typer.Option(help="Best k; 0 is off.")] = 0,
     seed: Annotated[int | None, typer.Option(help="For the same draw again.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One that the engine can switch on; the model alone without.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Generate; the continuation streams to stdout."""
     from rqc.runtime.engine import Engine
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    options |= {"top_p": top_p, "top_k": top_k, "stop": stop or None}
+    options |= {"top_p": top_p, "top_k": top_k, "stop": stop or None, "adapter": adapter}
     talk = prompt is None and sys.stdin.isatty()
     if talk and not chat:
         raise InputError("no prompt", hint="-p TEXT, text on stdin, or --chat for a talk")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rqc.compiler.adapters import Merge
 from rqc.compiler.calibrate import perplexity
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
+from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import block_bytes, resident_bytes
@@ -36,7 +36,8 @@ def choose_frame(
 ) -> Verdict:
     """The rotation of `--rotate auto` and {'chosen', 'scores'}: perplexities of both frames, rounded to 4 digits.
 
-    An adapter counts: what is scored is the model that it makes.
+    Adapters that are merged count: what is scored is the model that they make. With those to be switched, it is the
+    model alone.
     """
     none = Rotation.parse("none", recipe.hadamard, recipe.rotation_seed)
     rotated = _candidate(recipe, imported)
@@ -74,7 +75,7 @@ def _score(
     lazy."""
     fresh = import_model(imported.checkpoint.directory)
     steps = [*frame(recipe, fresh.description, rotation, merge), *grids(recipe, fresh.description)]
-    steps += [] if merge is None else merge.after_grid(rotation)
+    steps += [] if merge is None or merge.names else merge.after_grid(rotation)
     packed = [*packing(recipe, fresh.description), TransposeInKernel(), RemoveDeadParts()]
     for step in [*steps, *packed, *activations(recipe)]:
         step(fresh.model)

@@ -27,6 +27,11 @@ MEASURES = ("ppl_ratio", "mean_kl", "max_abs", "top1_agreement", "ppl_engine")
 """What the user may gate for any scheme."""
 
 
+def measure(name: str) -> str:
+    """What a gate measures: its name without that of the adapter in front (`poet:mean_kl`)."""
+    return name.rpartition(":")[2]
+
+
 @dataclass(frozen=True)
 class Gate:
     """One verdict. counts: whether it decides, or only informs. limit None: there is nothing to hold the value to."""
@@ -41,7 +46,7 @@ class Gate:
         """Whether the value is within its limit; a value that is no number never is."""
         if self.limit is None:
             return True
-        return self.value >= self.limit if self.name in AT_LEAST else self.value <= self.limit
+        return self.value >= self.limit if measure(self.name) in AT_LEAST else self.value <= self.limit
 
     def to_json(self) -> dict[str, object]:
         """The gate as it stands in `rqc verify --json`; values that JSON cannot hold become null."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rqc.compiler.adapters import Merge
+from rqc.compiler.merge import Merge
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.targets.onnx import activations, lowering, packing
 from rqc.compiler.widths import table_widths
@@ -25,6 +25,7 @@ def passes_of(recipe: Recipe, description: Description, rotation: Rotation, merg
         *grids(recipe, description),
         *([] if merge is None else merge.after_grid(rotation)),
         *packing(recipe, description),
+        *([] if merge is None else merge.after_packing()),
         *lowering(),
         *activations(recipe),
     ]

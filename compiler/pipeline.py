@@ -11,10 +11,11 @@ from typing import Any
 import onnx_ir as ir
 
 from rqc.compiler import manifest as manifests
-from rqc.compiler.adapters import Merge, open_adapter, survival_of
+from rqc.compiler.adapters import open_adapter, survival_of
 from rqc.compiler.frames import Verdict, choose_frame
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
+from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.plan import EngineSummary, check_target, write_engine
 from rqc.compiler.recipe import Recipe

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from rqc.compiler.lazy_errors import own_errors
+from rqc.runtime.backends.graph_io import GATES
 
 Logits = NDArray[np.float32]
 INLINE_LIMIT = 1024
@@ -51,8 +52,8 @@ def feeds(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> dict[s
 
 
 def feed(name: str, shape: Sequence[int | None], token_ids: NDArray[np.int64]) -> NDArray[np.generic]:
-    """The value of one graph input for whole sequences [batch, n] with an empty past; `shape` is used for past keys and
-    values."""
+    """The value of one graph input for whole sequences [batch, n] with an empty past, every adapter that can be
+    switched switched on; `shape` is used for these, and for past keys and values."""
     batch, n = token_ids.shape
     positions = np.tile(np.arange(n, dtype=np.int64), (batch, 1))
     known: dict[str, NDArray[np.generic]] = {
@@ -65,6 +66,8 @@ def feed(name: str, shape: Sequence[int | None], token_ids: NDArray[np.int64]) -
     }
     if name in known:
         return known[name]
+    if name == GATES:
+        return np.ones((batch, shape[1] or 0), np.float32)
     return np.zeros((batch, shape[1] or 0, 0, shape[3] or 0), np.float32)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from rqc.compiler.adapter_sources import AdapterSource, parse_sources
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.rotation import KINDS, SITES, Rotation
 from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError, TargetError
@@ -25,7 +26,6 @@ METHODS = ("rtn",)
 CLIPS = ("none", "mse")
 TIED = ("keep", "untie")
 MERGES = ("auto", "fold", "zero-point", "branch")
-PATHS = ("calibration", "adapter")
 PATH, NUMBER = (str, Path), (int, float)
 
 
@@ -35,9 +35,10 @@ class Recipe:
 
     rotate: "auto", or the rotated sites (none of them: no rotation). embedding_bits, head_bits: 16 and 32 are floats;
     None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships;
-    calibration_samples windows of calibration_length tokens are read from it. adapter: a PEFT directory, merged as
-    `merge` says; a compile fails where less than min_survival of it is left in a linear. given: the options that were
-    asked for by name, which what an adapter brings along does not replace.
+    calibration_samples windows of calibration_length tokens are read from it. adapter: PEFT directories, whose sum is
+    merged as `merge` says, or which stay beside the weights to be switched at run time if they have names; a compile
+    fails where less than min_survival is left in a linear. given: the options that were asked for by name, which what
+    an adapter brings along does not replace.
     """
 
     target: str = "onnx"
@@ -56,7 +57,7 @@ class Recipe:
     calibration: Path | None = None
     calibration_samples: int = 64
     calibration_length: int = 512
-    adapter: Path | None = None
+    adapter: tuple[AdapterSource, ...] = ()
     merge: str = "auto"
     min_survival: float = 0.5
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
@@ -71,8 +72,13 @@ class Recipe:
         _one_of("merge", self.merge, MERGES, SchemeError)
         if not -math.inf < self.min_survival <= 1:
             raise InputError(f"min_survival is {self.min_survival}", hint="a share up to 1, such as 0.5")
-        if self.adapter is None and (self.merge, self.min_survival) != ("auto", 0.5):
+        if not self.adapter and (self.merge, self.min_survival) != ("auto", 0.5):
             raise InputError("merge and min_survival are for an adapter, and none is named", hint="--adapter DIR")
+        if self.switchable and self.merge not in ("auto", "branch"):
+            raise SchemeError(
+                f"--merge {self.merge} for adapters with names, which stay beside the weights to be switched",
+                hint="--merge branch, or --adapter DIR without a name",
+            )
         for name in ("embedding_bits", "head_bits"):
             if getattr(self, name) is not None:
                 _one_of(name, getattr(self, name), TABLE_BITS, SchemeError)
@@ -88,6 +94,11 @@ class Recipe:
         """Whether an option was asked for: by name, or with another value than the default."""
         default = next(field.default for field in fields(self) if field.name == name)
         return name in self.given or getattr(self, name) != default
+
+    @property
+    def switchable(self) -> bool:
+        """Whether the adapters are to be chosen from at run time."""
+        return any(source.name is not None for source in self.adapter)
 
     @property
     def rotation(self) -> Rotation | None:
@@ -116,10 +127,11 @@ class Recipe:
         plain = {name: getattr(self, name) for name in option_names()}
         rotate = "auto" if self.rotate == "auto" else ",".join(sorted(self.rotate)) or "none"
         return {
-            **{name: value for name, value in plain.items() if value is not None},
+            **{name: value for name, value in plain.items() if value is not None and value != ()},
             "scheme": self.scheme.name,
             "rotate": rotate,
-            **{name: str(getattr(self, name)) for name in PATHS if getattr(self, name) is not None},
+            **({} if self.calibration is None else {"calibration": str(self.calibration)}),
+            **({"adapter": [str(source) for source in self.adapter]} if self.adapter else {}),
         }
 
     @classmethod
@@ -185,8 +197,10 @@ def _parse(name: str, value: Any) -> Any:
         return _parse_rotate(value)
     if name == "max_memory":
         return parse_size(value) if isinstance(value, str) else _typed(name, value, int)
-    if name in PATHS:
+    if name == "calibration":
         return Path(_typed(name, value, PATH))
+    if name == "adapter":
+        return parse_sources(value)
     if name == "symmetric":
         return _typed(name, value, bool)
     if name == "min_survival":
@@ -238,7 +252,16 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(
             f"the recipe {path} is not valid TOML: {error}", hint='lines such as scheme = "w4a16"'
         ) from error
-    for name in PATHS:
-        if isinstance(values.get(name), str):
-            values[name] = str(path.parent / values[name])
+    if isinstance(values.get("calibration"), str):
+        values["calibration"] = str(path.parent / values["calibration"])
+    if "adapter" in values:
+        values["adapter"] = _sources_in(path, values["adapter"])
     return values
+
+
+def _sources_in(path: Path, value: Any) -> tuple[AdapterSource, ...]:
+    """The adapters that a recipe file names. Raises InputError naming the file."""
+    try:
+        return tuple(source.under(path.parent) for source in parse_sources(value))
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", hint=error.hint) from error

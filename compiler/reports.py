@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from rqc.compiler.gates import measure
 from rqc.runtime.inspection import size_text
 
 LINEARS = 5
@@ -36,7 +37,7 @@ def parity_text(value: Mapping[str, Any], idle: Collection[str] = IDLE, notes: S
         ("mean KL", _figure(value["mean_kl"])),
         ("top-1", f"{_figure(value['top1_agreement'])} agreement"),
         ("perplexity", f"{_figure(value['ppl_engine'])}, PyTorch {_figure(value['ppl_reference'])}"),
-        *((f"gate {gate['name']}", _gate_text(gate, gate["name"] not in idle)) for gate in value["gates"]),
+        *((f"gate {gate['name']}", _gate_text(gate, _counts(gate, idle))) for gate in value["gates"]),
         *(("note", note) for note in notes),
         ("verdict", "passed" if value["passed"] else "failed"),
     ]
@@ -46,7 +47,11 @@ def parity_text(value: Mapping[str, Any], idle: Collection[str] = IDLE, notes: S
 
 def failed_gates(value: Mapping[str, Any], idle: Collection[str] = IDLE) -> list[str]:
     """Names of the gates that failed and count."""
-    return [gate["name"] for gate in value["gates"] if not gate["passed"] and gate["name"] not in idle]
+    return [gate["name"] for gate in value["gates"] if not gate["passed"] and _counts(gate, idle)]
+
+
+def _counts(gate: Mapping[str, Any], idle: Collection[str]) -> bool:
+    return gate["name"] not in idle and measure(gate["name"]) not in idle
 
 
 def _gate_text(gate: Mapping[str, Any], counts: bool) -> str:

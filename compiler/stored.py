@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rqc.models.description import EMBEDDING
 from rqc.models.packing import U8, Quantized, unpack
 from rqc.passes.base import JOIN, LINEAR
+from rqc.runtime.backends.graph_io import GATES
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError
 
@@ -72,9 +73,13 @@ class StoredGraph:
     linears: Mapping[str, StoredLinear]
 
     @classmethod
-    def read(cls, file: EngineFile) -> StoredGraph:
-        """Find every linear of an engine. Raises EngineFormatError if its graph has no embedding."""
+    def read(cls, file: EngineFile, adapter: str | None = None) -> StoredGraph:
+        """Find every linear of an engine, with one of its adapters switched on for good, or none.
+
+        Raises EngineFormatError if its graph has no embedding.
+        """
         model = ir.serde.deserialize_model(onnx.load_model_from_string(file.graph()))
+        _switch(model, [float(name == adapter) for name in (file.manifest["adapter"] or {}).get("names", [])])
         found: dict[str, list[ir.Node]] = {}
         for node in model.graph:
             if name := node.metadata_props.get(LINEAR):
@@ -130,6 +135,14 @@ class StoredGraph:
         if value.const_value is None:
             raise EngineFormatError(f"{self.file.path}: {value.name} is no stored tensor", hint=HINT)
         return value.const_value.numpy()
+
+
+def _switch(model: ir.Model, gates: Sequence[float]) -> None:
+    """Make a constant of the input that switches adapters, if the graph has it."""
+    for value in [value for value in model.graph.inputs if value.name == GATES]:
+        model.graph.inputs.remove(value)
+        value.const_value = ir.tensor(np.asarray([gates], np.float32), name=GATES)
+        model.graph.register_initializer(value)
 
 
 def _zeros(plane: Quantized) -> U8:

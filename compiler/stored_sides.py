@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rqc.compiler.stored import HINT, StoredGraph
-from rqc.passes.base import BRANCH_A, BRANCH_B, OFFSET
+from rqc.passes.base import BRANCH_A, BRANCH_B, GATE, OFFSET
 from rqc.runtime.errors import EngineFormatError
 
 F64 = NDArray[np.float64]
@@ -73,7 +73,8 @@ def read_sides(stored: StoredGraph, rows: Mapping[str, int]) -> dict[str, Stored
 
 
 def _down(stored: StoredGraph, node: ir.Node) -> Stored:
-    """The a [r, in] whose product a branch's second half reads: all ranks, or those that a Split gives it."""
+    """The a [r, in] whose product a branch's second half reads: all ranks, or those that a Split gives it; each times
+    its gate where adapters are switched."""
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
     ranks = slice(None)
@@ -84,6 +85,21 @@ def _down(stored: StoredGraph, node: ir.Node) -> Stored:
         ranks = slice(first, first + int(lengths[index]))
         value = producer.inputs[0]
         producer = value.producer() if value is not None else None
+    gates = np.ones(1, np.float32)
+    if producer is not None and GATE in producer.metadata_props:
+        gates = _gates(stored, producer.inputs[1])
+        value = producer.inputs[0]
+        producer = value.producer() if value is not None else None
     if producer is None or BRANCH_A not in producer.metadata_props:
         raise EngineFormatError(f"{stored.file.path}: {node.name} is half of a branch", hint=HINT)
-    return stored.array(producer.inputs[1]).T[ranks]
+    return (np.asarray(stored.array(producer.inputs[1]).T, np.float32) * gates)[ranks]
+
+
+def _gates(stored: StoredGraph, value: ir.Value | None) -> NDArray[np.float32]:
+    """The gate [R, 1] of each rank: those of the adapters, gathered."""
+    gather = value.producer() if value is not None else None
+    rows = gather.inputs[0].producer() if gather is not None and gather.inputs[0] is not None else None
+    if gather is None or rows is None:
+        raise EngineFormatError(f"{stored.file.path}: a branch has no gates", hint=HINT)
+    ranks = np.asarray(stored.array(gather.inputs[1]), np.int64)
+    return np.asarray(stored.array(rows.inputs[0])[0][ranks], np.float32)[:, None]

@@ -7,7 +7,7 @@ one, on the engine's own grid. 1: all of it arrives; 0: it was rounded away. Sou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,21 +37,24 @@ NAMED = 5
 Rounding = Callable[[Array], NDArray[Any]]
 
 
-def fold_survival(model: ir.Model, deltas: Mapping[str, Delta], progress: Progress | None = None) -> dict[str, float]:
-    """Survival by weight name of adapters folded into the weights of a lowered graph, four digits.
+def fold_survival(
+    model: ir.Model, deltas: Mapping[str, Sequence[Delta]], progress: Progress | None = None
+) -> dict[str, float]:
+    """Survival by weight name of adapters folded into the weights of a lowered graph, four digits; of several in one
+    weight, that of their sum.
 
     Exact on all rows of a weight with at most 1,024 of them; of a larger one, on 1,024 rows in evenly spaced runs of
     32: every row has a grid of its own, so a row's rounding does not depend on the others. Raises CheckpointError for
     weights that cannot be read.
     """
-    names = {id(delta): name for name, delta in deltas.items()}
+    names = {id(delta): name for name, several in deltas.items() for delta in several}
     found: dict[str, float] = {}
     for weight, rounding in _folded_weights(model):
-        for fold in weight.folds:
-            if isinstance(fold, AddDelta) and id(fold.delta) in names and names[id(fold.delta)] not in found:
-                found[names[id(fold.delta)]] = _survival(weight, fold, rounding)
-                if progress is not None:
-                    progress.advance("survival", len(found), len(deltas))
+        mine = [fold for fold in weight.folds if isinstance(fold, AddDelta) and id(fold.delta) in names]
+        if mine and (name := names[id(mine[0].delta)]) not in found:
+            found[name] = _survival(weight, mine, rounding)
+            if progress is not None:
+                progress.advance("survival", len(found), len(deltas))
     return {name: found[name] for name in deltas if name in found}
 
 
@@ -146,9 +149,9 @@ def _factor_survival(delta: Delta) -> float:
     return round(along / square, DIGITS) if square else 1.0
 
 
-def _survival(weight: Weight, fold: AddDelta, rounding: Rounding) -> float:
-    """⟨ΔŴ, ΔW⟩ / ‖ΔW‖² on the measured rows; 1 where the adapter adds nothing to them."""
-    base = replace(weight, folds=tuple(other for other in weight.folds if other is not fold))
+def _survival(weight: Weight, mine: Sequence[AddDelta], rounding: Rounding) -> float:
+    """⟨ΔŴ, ΔW⟩ / ‖ΔW‖² on the measured rows; 1 where the adapters (`mine`) add nothing to them."""
+    base = replace(weight, folds=tuple(fold for fold in weight.folds if fold not in mine))
     along = square = 0.0
     for merged, plain in zip(_rows(weight), _rows(base), strict=True):
         added = merged - plain

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rqc.compiler.adapted import Adapted, check_presence, delta_of
+from rqc.compiler.adapted import Adapted, check_presence
+from rqc.compiler.adapter_sources import RESERVED, AdapterOption, AdapterSource, parse_sources
 from rqc.compiler.belonging import Belonging, Beside, adopt_weights
 from rqc.compiler.gates import FAITHFUL_KL, Gate, check_limits, judge
 from rqc.compiler.linearwise import compare_linears, quantize_activations, worst
@@ -38,7 +39,10 @@ PROBE_TOKENS = 256
 
 @dataclass(frozen=True)
 class ParityReport:
-    """How an engine compares with PyTorch. `notes`: what a reader should know besides, one line each."""
+    """How an engine compares with PyTorch. `notes`: what a reader should know besides, one line each.
+
+    each: the reports of an engine whose adapters can be switched, by name, `base` that of the model alone.
+    """
 
     tokens: int
     max_abs: float
@@ -49,6 +53,25 @@ class ParityReport:
     gates: list[Gate]
     notes: list[str] = field(default_factory=list)
     weights: list[Belonging] = field(default_factory=list)
+    each: Mapping[str, ParityReport] = field(default_factory=dict)
+
+    @classmethod
+    def of_each(cls, each: Mapping[str, ParityReport]) -> ParityReport:
+        """What was found with each adapter switched on, and without (`base`), as one: the worst figures, all gates."""
+        found = list(each.values())
+        worst_ppl = max(found, key=lambda one: one.ppl_engine / one.ppl_reference)
+        return cls(
+            min(one.tokens for one in found),
+            max(one.max_abs for one in found),
+            max(one.mean_kl for one in found),
+            min(one.top1_agreement for one in found),
+            worst_ppl.ppl_engine,
+            worst_ppl.ppl_reference,
+            [replace(gate, name=f"{name}:{gate.name}") for name, one in each.items() for gate in one.gates],
+            [f"{name}: {note}" for name, one in each.items() for note in one.notes],
+            [belonging for one in found for belonging in one.weights],
+            each,
+        )
 
     @property
     def passed(self) -> bool:
@@ -66,6 +89,7 @@ class ParityReport:
             "ppl_engine": self.ppl_engine,
             "ppl_reference": self.ppl_reference,
             "gates": [gate.to_json() for gate in self.gates],
+            **({"adapters": {name: one.to_json() for name, one in self.each.items()}} if self.each else {}),
         }
 
 
@@ -73,7 +97,7 @@ def verify_engine(
     engine: str | Path,
     model_dir: str | Path,
     *,
-    adapter: str | Path | None = None,
+    adapter: AdapterOption = None,
     text: str | Path | None = None,
     tokens: int = 2048,
     window: int = 1024,
@@ -82,7 +106,8 @@ def verify_engine(
     token_ids: Sequence[int] | None = None,
 ) -> ParityReport:
     """Compare an engine with the model that it was compiled from, and with `adapter`, the directory of the adapter that
-    it was compiled with.
+    it was compiled with; a list if there are several. Adapters by name are switched on one after the other, each
+    compared by itself, and then all off.
 
     fp32 is compared with the model itself, or with the PEFT model that the adapter makes of it; fp16 and weight-only
     schemes with the same, folded and rotated by the algebra of the graph, that computes with the engine's own stored
@@ -102,20 +127,28 @@ def verify_engine(
         scheme = Scheme.parse(str(file.manifest["scheme"]))
         check_limits(gates or {}, scheme)
         _same_model(file, model_dir)
-        check_presence(file, adapter)
+        sources = parse_sources(adapter)
+        check_presence(file, sources)
         with _threads(threads), Engine(file, threads=threads, spin=False) as loaded:
             ids = list(token_ids) if token_ids is not None else loaded.tokenize(_text(text))
             windows = cut(ids, tokens, min(window, loaded.context_length))
             if not windows:
                 raise InputError(f"the text has {len(ids)} tokens", hint="name a longer text")
-            reference = Reference.load(model_dir)
-            adapted = None if adapter is None else Adapted.open(file, model_dir, Path(adapter), reference.description)
-            return _Verification(file, loaded, reference, scheme, windows, gates or {}, adapted).run(tokens)
+
+            def run(chosen: Sequence[AdapterSource], name: str | None = None) -> ParityReport:
+                reference = Reference.load(model_dir)
+                adapted = Adapted.open(file, model_dir, chosen, reference.description) if chosen else None
+                return _Verification(file, loaded, reference, scheme, windows, gates or {}, adapted, name).run(tokens)
+
+            if not loaded.adapters:
+                return run(sources)
+            each = {str(source.name): run([source], source.name) for source in sources}
+            return ParityReport.of_each({RESERVED[0]: run([]), **each})
 
 
 @dataclass
 class _Verification:
-    """One run: the open engine, its reference, and the text in windows."""
+    """One run: the open engine, its reference, and the text in windows. chosen: the adapter that is switched on."""
 
     file: EngineFile
     engine: Engine
@@ -124,6 +157,7 @@ class _Verification:
     windows: list[Ids]
     limits: Mapping[str, float]
     adapted: Adapted | None = None
+    chosen: str | None = None
     notes: list[str] = field(default_factory=list)
     weights: list[Belonging] = field(default_factory=list)
     frame_gates: list[Gate] = field(default_factory=list)
@@ -142,7 +176,7 @@ class _Verification:
         if self.scheme.quantizes_activations:
             return self._rounded(used, rotation, tied)
         ppl_reference = perplexity(self.windows, self.reference.logits)
-        self._adopt(StoredGraph.read(self.file), rotation, tied)
+        self._adopt(StoredGraph.read(self.file, self.chosen), rotation, tied)
         measured = compare(self.windows, self.reference.logits, self._scores)
         return self._report(used, measured, ppl_reference, {"mean_kl": measured[0].mean_kl})
 
@@ -150,7 +184,7 @@ class _Verification:
         """A scheme that quantizes activations: linear by linear and in perplexity; its logits against the float
         model's."""
         measured = compare(self.windows, self.reference.logits, self._scores)
-        stored, bits = StoredGraph.read(self.file), self.scheme.activation_bits
+        stored, bits = StoredGraph.read(self.file, self.chosen), self.scheme.activation_bits
         self._adopt(stored, rotation, tied)
         quantize_activations(stored, self.reference, bits)
         checks = compare_linears(stored, self.reference, self.windows[0][:PROBE_TOKENS], bits, self.engine.threads)
@@ -169,7 +203,7 @@ class _Verification:
 
     def _scores(self, ids: Ids) -> Iterator[Logits]:
         """The engine's logits for one window, in pieces."""
-        return self.engine.iter_logits(ids.tolist())
+        return self.engine.iter_logits(ids.tolist(), adapter=self.chosen)
 
     def _frame(self) -> tuple[Rotation, bool]:
         """The engine's rotation and whether its tables are one. Raises BasisMismatchError if its basis is not what it
@@ -212,7 +246,7 @@ class _Verification:
         ids = self.windows[0][:PROBE_TOKENS]
         trained = self.reference.logits(ids)
         self.reference = adapted.framed(rotation, tied=tied, beside=beside)
-        deltas = {name: delta_of(self.reference.parts[name]) for name in adapted.adapter.deltas if name in beside}
+        deltas = adapted.beside(self.reference, beside)
         self.reference.rotate_online(rotation, tied=tied)
         if adapted.base_is_float:
             divergence, _, _ = compare([ids], lambda _: trained, lambda ids: iter([self.reference.logits(ids)]))

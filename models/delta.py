@@ -7,6 +7,7 @@ repeated. DoRA (arXiv 2402.09353) adds the magnitudes m: W' = diag(m / ‖W + Δ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +78,19 @@ class Delta:
         if self.magnitude is None:
             return updated
         return updated * magnitude_ratio(self.magnitude, row_norms(updated))[:, None]
+
+
+def composed(deltas: Sequence[Delta]) -> Delta:
+    """The sum of updates as one: factors side by side, scales in B. Pooled if all are. A single one comes as it is.
+
+    Raises InputError for a DoRA among several: its magnitudes belong to W + its own update alone.
+    """
+    if len(deltas) == 1:
+        return deltas[0]
+    if any(delta.magnitude is not None for delta in deltas):
+        raise InputError("a DoRA and another update have no sum", hint="fold them one after the other")
+    a = np.concatenate([delta.a for delta in deltas])
+    return Delta(a, np.concatenate([delta.scale * delta.b for delta in deltas], axis=1))
 
 
 def row_norms(w: Array) -> Array:

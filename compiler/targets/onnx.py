@@ -27,7 +27,7 @@ def packing(recipe: Recipe, description: Description) -> list[Pass]:
     widths = table_widths(recipe, description.architecture)
     half = recipe.scheme.float_type == "float16"
     floats: list[Pass] = [StoreHalf(widths, rest=half)] if half or 16 in widths.values() else []
-    sides: list[Pass] = [PackSidePaths()] if recipe.adapter is not None else []
+    sides: list[Pass] = [PackSidePaths()] if recipe.adapter else []
     if not recipe.scheme.quantized:
         return [*sides, *floats]
     planes = [] if recipe.scheme.activation_bits == 8 else [SplitNibbles()]

@@ -13,7 +13,8 @@ import onnx_ir as ir
 import pytest
 from tiny_adapters import basis_of, random_deltas, save_peft
 
-from rqc.compiler import adapters, pipeline
+from rqc.compiler import merge as merges
+from rqc.compiler import pipeline
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
 from rqc.compiler.importer import import_model
@@ -234,7 +235,7 @@ def test_a_pooled_adapter_that_peft_cannot_open_is_converted(tiny_model: TinyMod
 
 
 def forget_adapter(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(adapters.Merge, "after_grid", lambda self, rotation: [])
+    patch.setattr(merges.Merge, "after_grid", lambda self, rotation: [])
 
 
 def scale_branches(patch: pytest.MonkeyPatch) -> None:
@@ -243,7 +244,7 @@ def scale_branches(patch: pytest.MonkeyPatch) -> None:
 
 
 def carry_nowhere(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(adapters, "to_frame", lambda name, delta, *frame: delta)
+    patch.setattr(merges, "to_frame", lambda name, delta, *frame: delta)
 
 
 def read_before_the_rotation(patch: pytest.MonkeyPatch) -> None:
@@ -271,8 +272,9 @@ def another_adapter(patch: pytest.MonkeyPatch) -> None:
 
     def opened(*arguments: Any) -> Any:
         recipe, merge = plain(*arguments)
-        deltas = {name: replace(delta, b=delta.b[::-1].copy()) for name, delta in merge.deltas.items()}
-        return recipe, replace(merge, deltas=deltas)
+        (part,) = merge.parts
+        deltas = {name: replace(delta, b=delta.b[::-1].copy()) for name, delta in part.deltas.items()}
+        return recipe, replace(merge, parts=(replace(part, deltas=deltas),))
 
     patch.setattr(pipeline, "open_adapter", opened)
 
