@@ -29,6 +29,10 @@ OPTIMIZERS = ("adamw", "lora-plus", "lora-fa", "lora-rite")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("fp32", "bf16", "fp16")
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica", "loftq")
+LARGEST = 1e30
+"""Of any option, so that products of a few of them are numbers of float32."""
+KEEPS_FACTOR = ("lora-fa", "lora-rite")
+"""Optimizers that train B, alone or with A as a pair."""
 CHANGES_BASE = ("pissa", "olora")
 """Starts that take what the adapter holds out of the base: W ← W − c·B₀A₀."""
 REFUSED_INITS = {
@@ -183,6 +187,8 @@ class Settings:
             value = getattr(self, each.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{each.name} is {value}", hint="a finite number")
+            if isinstance(value, float) and abs(value) > LARGEST:
+                raise InputError(f"{each.name} is {value:g}", hint=f"{LARGEST:g} at most: float32 ends soon after")
             if each.name in least and value is not None and value < least[each.name]:
                 raise InputError(f"{each.name} is {value}", hint=f"{each.name} is {least[each.name]} or more")
         for name in ("alpha", "epochs", "lr"):
@@ -238,6 +244,13 @@ class Settings:
             raise InputError(
                 f"init {self.init} on {self.base}: it takes the adapter out of the base, off the grid that is deployed",
                 hint="--init loftq, or --base float",
+            )
+        if self.init == "mica" and kind == "dora":
+            raise InputError("init mica for dora, which peft does not have", hint="--adapter-type lora")
+        if self.init == "mica" and self.optimizer in KEEPS_FACTOR:
+            raise InputError(
+                f"init mica with {self.optimizer}: it trains A alone, and B stays as it starts",
+                hint="--optimizer adamw",
             )
         if self.init == "orthogonal" and self.rank % 2:
             raise InputError(f"init orthogonal with rank {self.rank}", hint="an even rank")
