@@ -79,10 +79,12 @@ def training_grids(description: Description, bits: int, group_size: int) -> dict
     }
 
 
-def round_inputs_ste(reference: Reference, grids: Mapping[str, ActivationGrid]) -> None:
-    """Round, in training, what the named linears and their adapters read. Call it after `rotate_online`: the rounding
-    comes behind the rotation. Parts of one module share a grid."""
-    for module, grid in {reference.parts[name].module: grid for name, grid in grids.items()}.items():
+def round_inputs_ste(reference: Reference, grids: Mapping[str, ActivationGrid], *, linear_alone: bool = False) -> None:
+    """Round, in training, what the named linears and their adapters read (linear_alone: without these). Call it after
+    `rotate_online`: the rounding comes behind the rotation. Parts of one module share a grid."""
+    parts = {name: reference.parts[name] for name in grids}
+    modules = {part.linear if linear_alone else part.module: grids[name] for name, part in parts.items()}
+    for module, grid in modules.items():
         module.register_forward_pre_hook(lambda _, args, grid=grid: (fake_quantize_ste(args[0], grid), *args[1:]))
 
 

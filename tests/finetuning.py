@@ -47,12 +47,15 @@ def held_out(model: Path, data: Path, count: int, seq_len: int = 64, seed: int =
 
 
 def merged(model: Path, directory: Path) -> Reference:
-    """The model that an adapter directory describes, made without peft: merged into what the engine would hold."""
+    """The model that an adapter directory describes, made without peft: merged into what the engine would hold, or
+    beside 8-bit kernels, which round their input for themselves."""
     reference = Reference.load(model)
     adapter = Adapter.open(directory, reference.description)
     basis = adapter.basis
     assert basis is not None
     tied = reference.description.architecture.tied
+    branched = basis.activations == 8 and basis.grid is not None and adapter.kind not in ("qalora", "qahira")
+    beside: dict[str, Any] = {}
     reference.fold(basis.rotation, tied=tied)
     for claim in reference.description.claims:
         if not claim.quantized:
@@ -65,13 +68,27 @@ def merged(model: Path, directory: Path) -> Reference:
         elif basis.base_kind == "nf4":
             w = quantize_levels(w, NormalFloat()).dequantize().astype(np.float64)
         if (delta := adapter.deltas.get(claim.weight)) is not None:
-            w = delta.merged(w)
+            merged = delta.merged(w)
+            if branched:
+                assert delta.magnitude is None
+                beside[claim.weight] = torch.from_numpy(merged - w).float()
+            else:
+                w = merged
         reference.set_weight(claim.weight, w.astype(np.float32))
     reference.rotate_online(basis.rotation, tied=tied)
+    for name, matrix in beside.items():
+        _add(reference.parts[name].module, matrix)
     if basis.activations < 16:
         group = basis.grid.group_size if basis.grid is not None else 32
         quantize_inputs(reference, training_grids(reference.description, basis.activations, group))
     return reference
+
+
+def _add(linear: Any, matrix: torch.Tensor) -> None:
+    """y ← y + x Eᵀ for x as it is before hooks that are registered later change it."""
+    seen: list[torch.Tensor] = []
+    linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    linear.register_forward_hook(lambda _, args, y: y + torch.nn.functional.linear(seen.pop(), matrix))
 
 
 @torch.inference_mode()

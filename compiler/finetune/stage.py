@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from rqc.compiler.finetune.grids import find_starts, grid_of, put_on_grid
-from rqc.compiler.finetune.settings import CHANGES_BASE, POOLED, Settings
+from rqc.compiler.finetune.settings import CHANGES_BASE, MERGED_POOLS, POOLED, Settings
 from rqc.compiler.finetune.targets import Target, block_linears, chosen_targets
 from rqc.compiler.instruments import Progress
 from rqc.models.delta import Delta
@@ -91,7 +91,10 @@ def build_stage(model_dir: str | Path, settings: Settings, progress: Progress) -
     _narrow(linears, FLOATS[settings.dtype])
     reference.rotate_online(settings.rotation, tied=tied, dtype=torch.float32)
     if settings.activations < 16:
-        round_inputs_ste(reference, training_grids(reference.description, settings.activations, settings.group_size))
+        grids = training_grids(reference.description, settings.activations, settings.group_size)
+        # A kernel rounds to 8 bits out of sight, so that a branch beside it reads x as it is.
+        branched = settings.grid is not None and settings.adapter_type not in MERGED_POOLS
+        round_inputs_ste(reference, grids, linear_alone=settings.activations == 8 and branched)
     residuals = _residuals(targets, starts)
     held, as_floats = _bytes(linears, FLOATS[settings.dtype])
     return Stage(reference, model, targets, removed, residuals, held, as_floats)
