@@ -21,7 +21,7 @@ from rqc.compiler.cli import main
 from rqc.compiler.finetune.optimizers import LoraFA
 from rqc.compiler.finetune.settings import Settings
 from rqc.compiler.finetune.stage import build_stage
-from rqc.compiler.finetune.train import LengthBuckets
+from rqc.compiler.finetune.train import AdapterTrainer, LengthBuckets
 from rqc.compiler.instruments import Silent
 from rqc.models.adapter_frames import frame_folds
 from rqc.models.checkpoint import Checkpoint
@@ -105,6 +105,24 @@ def test_epochs_and_evaluations_are_counted(model: Path, data: Path, tmp_path: P
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [5, 10]
     assert log[0]["lr"] < log[1]["lr"] == pytest.approx(1e-2, rel=0.1)
     assert all(left["lr"] > right["lr"] for left, right in pairwise(log[1:]))
+
+
+def test_every_epoch_has_an_order_of_its_own(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+    step = AdapterTrainer.training_step
+
+    def watched(self: AdapterTrainer, net: Any, inputs: Any, *arguments: Any) -> torch.Tensor:
+        seen.append(inputs["input_ids"].numpy().tobytes())
+        return step(self, net, inputs, *arguments)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", watched)
+    options = {**QUICK, "max_steps": 0, "epochs": 2, "batch_size": 1, "lr": 1e-4}
+    rqc.finetune(model, data, tmp_path / "adapter", **options)
+    first, second = seen[:25], seen[25:]
+    assert sorted(first) == sorted(second)
+    assert first != second
 
 
 def test_half_precision_trains_nearly_the_same(model: Path, data: Path, tmp_path: Path) -> None:
