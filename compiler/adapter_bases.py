@@ -8,7 +8,7 @@ from typing import Any
 
 from rqc.compiler.instruments import Progress
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.scheme import SCHEMES
+from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.adapter import Adapter
 from rqc.models.adapter_basis import AdapterBasis
 from rqc.models.grid import Grid
@@ -100,12 +100,14 @@ def on_grid(recipe: Recipe, adapters: Sequence[Adapter], progress: Progress) -> 
                 f"{adapter.directory} was trained on an NF4 base, a grid that no engine has",
                 hint="rqc finetune --base w4 trains it on a grid that engines have",
             )
-    grid = next((a.basis.grid for a in adapters if a.basis is not None and a.basis.grid is not None), None)
+    bases = [adapter.basis for adapter in adapters if adapter.basis is not None]
+    grid = next((basis.grid for basis in bases if basis.grid is not None), None)
+    scheme = _trained_scheme(recipe.scheme, grid, min((basis.activations for basis in bases), default=16))
+    if not recipe.stated("scheme") and recipe.scheme != scheme:
+        recipe = replace(recipe, scheme=scheme)
+        progress.line(f"scheme {scheme}: the adapter was trained for it")
     if grid is None:
         return recipe
-    if not recipe.stated("scheme") and recipe.scheme.weight_bits != grid.bits:
-        recipe = replace(recipe, scheme=SCHEMES[f"w{grid.bits}a16"])
-        progress.line(f"scheme {recipe.scheme}: the adapter was trained on a base of {grid.bits} bits")
     if recipe.scheme.weight_bits != grid.bits:
         fitting = ", ".join(name for name, scheme in SCHEMES.items() if scheme.weight_bits == grid.bits)
         raise SchemeError(
@@ -122,6 +124,14 @@ def on_grid(recipe: Recipe, adapters: Sequence[Adapter], progress: Progress) -> 
                 hint="leave the option out: the adapter brings its grid along",
             )
     return replace(recipe, **brought)
+
+
+def _trained_scheme(default: Scheme, grid: Grid | None, activations: int) -> Scheme:
+    """The scheme whose arithmetic the training saw: the default, unless weights or activations have other bits."""
+    bits = grid.bits if grid is not None else 6 if activations == 6 else default.weight_bits
+    if f"w{bits}a{activations}" in SCHEMES and activations < 16:
+        return SCHEMES[f"w{bits}a{activations}"]
+    return default if bits == default.weight_bits else SCHEMES[f"w{bits}a16"]
 
 
 def _flag(name: str, value: Any) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rqc.compiler.recipe import CLIPS, GROUP_SIZES
+from rqc.compiler.scheme import SCHEMES
 from rqc.models.grid import Grid
 from rqc.models.rotation import KINDS, SITES, Rotation
 from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError
@@ -209,6 +210,12 @@ class Settings:
             )
         if self.base == "nf4" and self.group_size not in (NF4_BLOCK, _default("group_size")):
             raise SchemeError(f"group_size {self.group_size} for nf4", hint=f"NF4 has blocks of {NF4_BLOCK}")
+        if self.grid is not None and self.activations < 16 and f"{self.base}a{self.activations}" not in SCHEMES:
+            fitting = ", ".join(name for name in SCHEMES if name.startswith(f"{self.base}a"))
+            raise SchemeError(
+                f"activations of {self.activations} bits on base {self.base}: no engine has this arithmetic",
+                hint=f"schemes with these weights: {fitting}",
+            )
         if self.eval_split and self.eval_data is not None:
             raise InputError("eval_split and eval_data both name records to evaluate on", hint="give one of them")
 

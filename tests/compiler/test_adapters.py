@@ -220,12 +220,17 @@ def test_a_recipe_file_that_names_another_grid_is_refused_too(tiny_model: TinyMo
     assert report.survival is not None
 
 
-@pytest.mark.parametrize(("kind", "scheme"), [("w3", "w3a16"), ("w2", "w2a16")])
-def test_a_narrow_base_makes_its_scheme_the_default(
-    kind: str, scheme: str, tiny_model: TinyModel, tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "activations", "scheme"),
+    [("w3", 16, "w3a16"), ("w2", 16, "w2a16"), ("w4", 4, "w4a4"), ("float", 4, "w4a4"), ("float", 6, "w6a6")],
+)
+def test_the_scheme_of_the_training_is_the_default(
+    kind: str, activations: int, scheme: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     directory, lines = tiny_model("llama16"), Lines()
-    grid = {"grid": Grid(int(kind[1]), 32, True, "none"), "base_kind": kind}
+    grid: dict[str, Any] = {"activations": activations}
+    if kind != "float":
+        grid |= {"grid": Grid(int(kind[1]), 32, True, "none"), "base_kind": kind}
     write_adapter(tmp_path / "adapter", random_deltas(directory), basis_of(directory, "none", **grid))
     compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", progress=lines)
     assert EngineFile.open(tmp_path / "e.plan").manifest["scheme"] == scheme

@@ -339,6 +339,8 @@ BAD: list[tuple[type[RqcError], str, dict[str, Any]]] = [
     (SchemeError, "NF4 has none", {"adapter_type": "qahira", "base": "nf4"}),
     (SchemeError, "group_size is -1", {"adapter_type": "qalora", "group_size": -1}),
     (SchemeError, "group_size 48", {"base": "w4", "group_size": 48}),
+    (SchemeError, "no engine has this arithmetic", {"base": "w4", "activations": 6}),
+    (SchemeError, "no engine has this arithmetic", {"base": "w2", "activations": 8}),
     (InputError, "loftq on a float base", {"init": "loftq"}),
     (InputError, "off the grid", {"init": "pissa", "base": "w4"}),
     (InputError, "pooled adapter", {"init": "olora", "adapter_type": "qalora"}),
