@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,3 +28,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model directory RQC_MODEL, or SmolLM2 off its grid, from tools/fetch_model's cache; nothing is downloaded."""
+    if "RQC_MODEL" in os.environ:
+        return Path(os.environ["RQC_MODEL"])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rqc" / "models"
+    if not list(cache.glob("*.gguf")):
+        pytest.skip("no RQC_MODEL, and no model in the cache: tools/fetch_model smollm2 DIR --off-grid writes one")
+    directory = tmp_path_factory.mktemp("model") / "smollm2"
+    tool = Path(__file__).parents[1] / "tools" / "fetch_model"
+    subprocess.run([sys.executable, tool, "smollm2", directory, "--off-grid"], check=True, capture_output=True)
+    return directory

@@ -38,7 +38,7 @@ def save_peft(model_dir: Path, directory: Path, *, size: float = 0.05, seed: int
             parameter.data = size * torch.randn(parameter.shape, generator=generator)
         elif "lora_magnitude_vector" in name:
             parameter.data *= 1 + 0.2 * torch.rand(parameter.shape, generator=generator)
-    model.save_pretrained(directory, save_embedding_layers=False)
+    model.save_pretrained(directory)
     return directory
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -559,17 +556,3 @@ def test_smollm2_is_trained_on_the_ids_of_transformers_chat(smollm2, tmp_path):
         assert chat["input_ids"][:start].tolist() == prompt == fed(tokenizer, TALK[:place])
         assert peer.decode(ids) == TALK[place]["content"] + END
     assert peer.decode(answers(instruction)[0][1]) == "On the mat." + END
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model directory RQC_MODEL, or SmolLM2 out of tools/fetch_model's cache; nothing is downloaded."""
-    if "RQC_MODEL" in os.environ:
-        return Path(os.environ["RQC_MODEL"])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rqc" / "models"
-    if not list(cache.glob("*.gguf")):
-        pytest.skip("no RQC_MODEL, and no model in the cache: tools/fetch_model smollm2 DIR writes one")
-    directory = tmp_path_factory.mktemp("model") / "smollm2"
-    tool = Path(__file__).parents[2] / "tools" / "fetch_model"
-    subprocess.run([sys.executable, tool, "smollm2", directory], check=True, capture_output=True)
-    return directory

@@ -180,7 +180,7 @@ def interrupted(model: Path, data: Path, output: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     "options",
     [
-        {"base": "w2", "init": "loftq", "activations": 8},
+        {"base": "w4", "init": "loftq", "activations": 8},
         {"adapter_type": "dora", "init": "pissa", "optimizer": "lora-plus"},
         {"adapter_type": "qalora", "optimizer": "lora-fa", "grad_accum": 2, "batch_size": 2},
         {"adapter_type": "dora", "optimizer": "lora-rite", "max_grad_norm": 0.1},

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,24 +213,10 @@ def test_input_that_makes_no_sense_is_refused() -> None:
         loftq(w, grid, 4)
 
 
-@pytest.fixture(scope="module")
-def off_grid(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The model RQC_MODEL, or SmolLM2 out of tools/fetch_model's cache, off its grid; nothing is downloaded."""
-    if "RQC_MODEL" in os.environ:
-        return Checkpoint.open(os.environ["RQC_MODEL"])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rqc" / "models"
-    if not list(cache.glob("*.gguf")):
-        pytest.skip("no RQC_MODEL, and no model in the cache: tools/fetch_model smollm2 DIR --off-grid writes one")
-    directory = tmp_path_factory.mktemp("model") / "smollm2"
-    tool = Path(__file__).parents[2] / "tools" / "fetch_model"
-    subprocess.run([sys.executable, tool, "smollm2", directory, "--off-grid"], check=True, capture_output=True)
-    return Checkpoint.open(directory)
-
-
 @pytest.mark.real
 @pytest.mark.parametrize("grid", [Grid(2, 32), Grid(2, 32, True, "mse"), Grid(2, 32, False, "mse")], ids=str)
-def test_five_iterations_pay_on_real_weights(grid: Grid, off_grid: Checkpoint) -> None:
-    gains = []
+def test_five_iterations_pay_on_real_weights(grid: Grid, smollm2: Path) -> None:
+    off_grid, gains = Checkpoint.open(smollm2), []
     for layer, path in (
         (0, "self_attn.q_proj"), (4, "self_attn.k_proj"), (9, "self_attn.v_proj"), (14, "self_attn.o_proj"),
         (19, "mlp.gate_proj"), (24, "mlp.up_proj"), (29, "mlp.down_proj"),

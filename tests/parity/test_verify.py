@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,20 +249,6 @@ def test_what_cannot_be_used_is_refused(
     directory = tiny_model("llama")
     with pytest.raises(InputError, match=message):
         verified(compiled(directory, tmp_path, "fp32"), directory, **options)
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model directory RQC_MODEL, or SmolLM2 out of tools/fetch_model's cache; nothing is downloaded."""
-    if "RQC_MODEL" in os.environ:
-        return Path(os.environ["RQC_MODEL"])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rqc" / "models"
-    if not list(cache.glob("*.gguf")):
-        pytest.skip("no RQC_MODEL, and no model in the cache: tools/fetch_model smollm2 DIR writes one")
-    directory = tmp_path_factory.mktemp("model") / "smollm2"
-    tool = Path(__file__).parents[2] / "tools" / "fetch_model"
-    subprocess.run([sys.executable, tool, "smollm2", directory], check=True, capture_output=True)
-    return directory
 
 
 @pytest.mark.real
