@@ -134,6 +134,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Cosine behind whole steps of warm-up: Trainer would round them up, and a short run lose its first step."""
+        self.args.warmup_steps = int(self.settings.warmup_ratio * num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         """The loss of one batch, and its gradients."""
         loss: Tensor = super().training_step(*arguments, **options)
@@ -252,7 +257,6 @@ def training_arguments(run: Run, settings: Settings, *, evaluates: bool) -> Trai
         gradient_accumulation_steps=settings.grad_accum,
         learning_rate=settings.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         max_grad_norm=0.0 if settings.optimizer == "lora-rite" else settings.max_grad_norm,  # which has its own
         num_train_epochs=settings.epochs,

@@ -67,6 +67,13 @@ def test_gradient_checkpointing_changes_nothing(
     assert distance(tmp_path / "kept", tmp_path / "computed") <= 1e-7
 
 
+@pytest.mark.parametrize(("ratio", "first"), [(0.01, 1e-2), (0.5, 0.0)])
+def test_warm_up_takes_whole_steps(ratio: float, first: float, model: Path, data: Path, tmp_path: Path) -> None:
+    rqc.finetune(model, data, tmp_path / "adapter", **{**QUICK, "max_steps": 2}, warmup_ratio=ratio)
+    log = json.loads((tmp_path / "adapter" / "training.json").read_text())["log"]
+    assert log[0]["lr"] == first
+
+
 def test_accumulated_batches_count_by_their_tokens(model: Path, data: Path, tmp_path: Path) -> None:
     rqc.finetune(model, data, tmp_path / "whole", **QUICK)
     rqc.finetune(model, data, tmp_path / "halves", **{**QUICK, "batch_size": 2}, grad_accum=2)
