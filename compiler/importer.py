@@ -52,7 +52,7 @@ def import_model(model_dir: str | Path) -> Imported:
     raw = read_config(model_dir)
     family = family_of(str(raw.get("model_type")))
     checkpoint = Checkpoint.open(model_dir)
-    settings = heeded(_full_config(checkpoint.directory))
+    settings = heeded(full_config(checkpoint.directory))
     settings.tie_word_embeddings = settings.tie_word_embeddings and not _has_own_head(checkpoint)
     config = settings.to_dict()
     architecture = _architecture(config)
@@ -71,7 +71,8 @@ def import_model(model_dir: str | Path) -> Imported:
     return Imported(model, description, checkpoint, config)
 
 
-def _full_config(model_dir: Path) -> Any:
+def full_config(model_dir: Path) -> Any:
+    """The transformers config of a model directory, defaults filled in. Raises CheckpointError if it is not usable."""
     from transformers import AutoConfig
 
     try:

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from importlib import metadata
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -14,10 +13,16 @@ import onnx_ir as ir
 from rqc.compiler.importer import Imported
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.text import read_tokenizer
+from rqc.compiler.tokenizer_files import (
+    TOKENIZER_FILES,
+    check_template,
+    converted_tokenizer,
+    optional_object,
+    special_ids,
+)
 from rqc.compiler.widths import table_widths
 from rqc.models.algebra import dimensions
 from rqc.models.description import EMBEDDING, HEAD
-from rqc.models.json_files import read_object
 from rqc.models.quantized import LazyQuantized
 from rqc.models.rotation import Rotation
 from rqc.models.weights import Weight
@@ -33,9 +38,7 @@ from rqc.passes.base import (
     WEIGHT,
     sizes,
 )
-from rqc.runtime.errors import CheckpointError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 OTHER_FILES = ("config.json", "generation_config.json")
 PACKAGES = ("onnx", "onnx-ir", "mobius-onnx", "numpy")
 
@@ -69,7 +72,7 @@ def manifest_of(
         "kv_cache": "float",
         "activations": activation_grid(recipe),
         "context_length": a.context_length,
-        "generation": generation(imported),
+        "generation": special_ids(imported.checkpoint.directory, imported.config),
         "architecture": a.to_json(),
         "graph": graph_facts(model, imported),
         "parameters": parameters,
@@ -177,46 +180,14 @@ def _form(node: ir.Node, value: ir.Value | None) -> dict[str, Any] | None:
     }
 
 
-def generation(imported: Imported) -> dict[str, Any]:
-    """Special token ids, from generation_config.json where it has them, else from config.json."""
-    config = {**imported.config, **_json(imported.checkpoint.directory / "generation_config.json")}
-    eos = config.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    bos, pad = config.get("bos_token_id"), config.get("pad_token_id")
-    for token in [*ids, *(token for token in (bos, pad) if token is not None)]:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise CheckpointError(
-                f"{imported.checkpoint.directory}: {str(token)[:40]!r} stands where a special token's id belongs",
-                hint="correct eos_token_id, bos_token_id or pad_token_id in generation_config.json and config.json",
-            )
-    tokenizer = _json(imported.checkpoint.directory / "tokenizer_config.json")
-    return {
-        "eos_token_ids": ids,
-        "bos_token_id": bos,
-        "pad_token_id": pad,
-        "add_bos": bool(tokenizer.get("add_bos_token")) and not _adds_bos(imported.checkpoint.directory, bos),
-    }
-
-
-def _adds_bos(directory: Path, bos: int | None) -> bool:
-    """Whether tokenizer.json puts the beginning-of-text token in by itself."""
-    tokenizer = read_tokenizer(directory)
-    return tokenizer is not None and bool(tokenizer.encode("a").ids[:1] == [bos])
-
-
 def check_files(imported: Imported) -> None:
     """Raise CheckpointError for a tokenizer or settings beside the weights that no engine could use."""
     directory = imported.checkpoint.directory
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
-        _json(directory / name)
-    template = directory / "chat_template.jinja"
-    try:
-        if template.is_file():
-            template.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{template} is not UTF-8: {error}", hint="download it again") from error
+        optional_object(directory / name)
+    check_template(directory)
     read_tokenizer(directory)
-    generation(imported)
+    special_ids(directory, imported.config)
 
 
 def companion_bytes(imported: Imported) -> int:
@@ -234,23 +205,8 @@ def engine_files(imported: Imported, report: dict[str, Any]) -> dict[str, bytes]
         if (directory / name).is_file()
     }
     if "tokenizer.json" not in files:
-        converted = _converted_tokenizer(directory)
+        converted = converted_tokenizer(directory)
         if converted is not None:
-            files["tokenizer.json"] = converted
+            files["tokenizer.json"] = converted.to_str().encode()
     files["report.json"] = json.dumps(report, indent=1, sort_keys=True).encode()
     return files
-
-
-def _converted_tokenizer(directory: Path) -> bytes | None:
-    """tokenizer.json of a model that only has a sentencepiece or vocabulary file; None where there is no tokenizer at
-    all."""
-    if not any((directory / name).is_file() for name in ("tokenizer.model", "vocab.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    backend = getattr(AutoTokenizer.from_pretrained(directory, local_files_only=True), "backend_tokenizer", None)
-    return None if backend is None else str(backend.to_str()).encode()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}

@@ -66,23 +66,27 @@ _ROLES = "most templates want an optional system message, then user and assistan
 def load_chat_template(
     files: Mapping[str, bytes], *, with_tools: bool = False, today: datetime | None = None
 ) -> ChatTemplate:
-    """The template among an engine's files: chat_template.jinja, else tokenizer_config.json's.
-
-    Of several named templates "default" is taken, "tool_use" when there are tools. today: see `ChatTemplate`. Raises
-    InputError without one.
-    """
-    config = _json(files, "tokenizer_config.json")
-    source: Any = None
-    if "chat_template.jinja" in files:
-        source = files["chat_template.jinja"].decode("utf-8")
-    elif "chat_template" in config:
-        source = config["chat_template"]
-        if isinstance(source, list):
-            named = {entry["name"]: entry["template"] for entry in source}
-            source = named.get("tool_use" if with_tools else "default", named.get("default"))
-    if not isinstance(source, str) or not source:
+    """The template among an engine's files, ready to render. today: see `ChatTemplate`. Raises InputError without
+    one."""
+    source = template_source(files, with_tools=with_tools)
+    if not source:
         raise InputError("this model has no chat template", hint=_WITHOUT)
-    return ChatTemplate(source, special_tokens({**_json(files, "special_tokens_map.json"), **config}), today)
+    tokens = {**_json(files, "special_tokens_map.json"), **_json(files, "tokenizer_config.json")}
+    return ChatTemplate(source, special_tokens(tokens), today)
+
+
+def template_source(files: Mapping[str, bytes], *, with_tools: bool = False) -> str:
+    """The text of the template: chat_template.jinja, else tokenizer_config.json's; "" without one.
+
+    Of several named templates "default" is taken, "tool_use" when there are tools.
+    """
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].decode("utf-8")
+    source = _json(files, "tokenizer_config.json").get("chat_template")
+    if isinstance(source, list):
+        named = {entry["name"]: entry["template"] for entry in source}
+        source = named.get("tool_use" if with_tools else "default", named.get("default"))
+    return source if isinstance(source, str) else ""
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

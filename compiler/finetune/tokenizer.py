@@ -17,14 +17,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from rqc.compiler.importer import full_config
 from rqc.compiler.text import read_tokenizer
+from rqc.compiler.tokenizer_files import SETTINGS, check_template, converted_tokenizer, optional_object, special_ids
 from rqc.models.checkpoint import model_directory
-from rqc.models.json_files import read_object
-from rqc.runtime.chat import ChatTemplate, checked_messages, load_chat_template, special_tokens
+from rqc.runtime.chat import ChatTemplate, checked_messages, load_chat_template, special_tokens, template_source
 from rqc.runtime.errors import CheckpointError, InputError
 from rqc.runtime.text import TextCodec
 
-FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 Span = tuple[int, int]
 Message = Mapping[str, Any]
@@ -76,7 +76,7 @@ class TrainingTokenizer:
 
     def marks_answers(self, tools: Any) -> bool:
         """Whether the template says by `{% generation %}` what the assistant writes."""
-        return _MARK.search(_template_source(self.files, self.config, bool(tools))) is not None
+        return _MARK.search(template_source(self.files, with_tools=bool(tools))) is not None
 
     def marked_spans(self, messages: Sequence[Message], tools: Any) -> list[Span]:
         """What the template marks in chat_text(messages, prompt=False), as ranges of characters.
@@ -89,7 +89,7 @@ class TrainingTokenizer:
             texts, spans = render_jinja_template(
                 conversations=[checked_messages(messages)],
                 tools=tools,
-                chat_template=_template_source(self.files, self.config, bool(tools)),
+                chat_template=template_source(self.files, with_tools=bool(tools)),
                 return_assistant_tokens_mask=True,
                 **special_tokens(self.config),
             )
@@ -122,17 +122,26 @@ def read_training_tokenizer(model: str | Path, today: datetime | None = None) ->
     Raises CheckpointError where there is none or where it is damaged, InputError for a chat template that is none.
     """
     directory = model_directory(model)
-    tokenizer = read_tokenizer(directory) or _converted(directory)
+    tokenizer = read_tokenizer(directory) or converted_tokenizer(directory)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{directory} has no tokenizer, and training data is text",
+            hint="put the model's tokenizer.json into the directory",
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    files, config = _files(directory)
-    known = _known_ids(directory)
-    stops = _ids(directory, known.get("eos_token_id"))
-    bos = _ids(directory, known.get("bos_token_id")) if config.get("add_bos_token") else []
-    codec = TextCodec(tokenizer.to_str().encode(), bos_token_id=bos[0] if bos else None)
+    check_template(directory)
+    files = {name: (directory / name).read_bytes() for name in SETTINGS if (directory / name).is_file()}
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins, as in the runtime
+        config |= optional_object(directory / name)
+    full = full_config(directory).to_dict()
+    ids = special_ids(directory, full)
+    stops = ids["eos_token_ids"]
+    codec = TextCodec(tokenizer.to_str().encode(), bos_token_id=ids["bos_token_id"] if ids["add_bos"] else None)
     end = _end_id(tokenizer, config, stops)
     ends = [] if end is None else [end]
-    pad = _pad_id([*_ids(directory, known.get("pad_token_id")), *ends], known.get("vocab_size"))
+    pad = _pad_id([ids["pad_token_id"], *ends], full.get("vocab_size"))
     found = TrainingTokenizer(tokenizer, codec, end, frozenset(stops or ends), pad, config, files, today)
     found.check_template()
     return found
@@ -152,82 +161,13 @@ def _dated(today: datetime | None) -> Iterator[None]:
         chat_template_utils.datetime = plain
 
 
-def _files(directory: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The files that a chat template is made of, and the tokenizer's settings in them."""
-    files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
-    try:
-        files.get("chat_template.jinja", b"").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(
-            f"{directory / 'chat_template.jinja'} is not UTF-8: {error}", hint="download it again"
-        ) from error
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins, as in the runtime
-        config |= read_object(directory / name) if name in files else {}
-    return files, config
-
-
-def _converted(directory: Path) -> Tokenizer:
-    """The tokenizer of a model without tokenizer.json, converted by transformers as for its engine."""
-    if not any((directory / name).is_file() for name in ("tokenizer.model", "vocab.json")):
-        raise CheckpointError(
-            f"{directory} has no tokenizer, and training data is text",
-            hint="put the model's tokenizer.json into the directory",
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        converted: Tokenizer | None = getattr(
-            AutoTokenizer.from_pretrained(directory, local_files_only=True), "backend_tokenizer", None
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise CheckpointError(
-            f"transformers cannot read the tokenizer of {directory}: {error}", hint="download the model again"
-        ) from error
-    if converted is None:
-        raise CheckpointError(
-            f"the tokenizer of {directory} has no tokenizer.json form", hint="convert it with transformers"
-        )
-    return converted
-
-
-def _known_ids(directory: Path) -> dict[str, Any]:
-    """config.json, under what generation_config.json says: the ids that the engine's manifest will carry."""
-    found: dict[str, Any] = {}
-    for name in ("config.json", "generation_config.json"):
-        found |= read_object(directory / name) if (directory / name).is_file() else {}
-    return found
-
-
-def _ids(directory: Path, value: Any) -> list[int]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise CheckpointError(
-                f"{directory}: {str(token)[:40]!r} stands where a special token's id belongs",
-                hint="correct eos_token_id, bos_token_id or pad_token_id in generation_config.json and config.json",
-            )
-    return ids
-
-
 def _end_id(tokenizer: Tokenizer, config: Mapping[str, Any], stops: Sequence[int]) -> int | None:
     """The tokenizer's end of text, unless the engine would run past it: then the first id at which it stops."""
     named: int | None = tokenizer.token_to_id(special_tokens(config).get("eos_token", ""))
     return named if named is not None and (named in stops or not stops) else next(iter(stops), None)
 
 
-def _pad_id(wanted: Sequence[int], vocab_size: Any) -> int:
+def _pad_id(wanted: Sequence[int | None], vocab_size: Any) -> int:
     """The first of these that the embedding has (a GGUF's padding token may lie outside of it), else 0."""
     size = vocab_size if isinstance(vocab_size, int) else 0
-    return next((token for token in wanted if token < size), 0)
-
-
-def _template_source(files: Mapping[str, bytes], config: Mapping[str, Any], with_tools: bool) -> str:
-    """The template that load_chat_template compiles, "" without one."""
-    if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode("utf-8")
-    source = config.get("chat_template") or ""
-    if isinstance(source, list):
-        named = {entry["name"]: entry["template"] for entry in source}
-        source = named.get("tool_use" if with_tools else "default", named.get("default", ""))
-    return str(source)
+    return next((token for token in wanted if token is not None and 0 <= token < size), 0)

@@ -492,7 +492,7 @@ def test_a_model_without_a_usable_tokenizer_is_refused(tmp_path):
         read_training_tokenizer(model)
     (model / "chat_template.jinja").unlink()
     assert not read_training_tokenizer(model).has_chat
-    (model / "config.json").write_text('{"eos_token_id": "two"}')
+    (model / "generation_config.json").write_text('{"eos_token_id": "two"}')
     with pytest.raises(CheckpointError, match="'two' stands where"):
         read_training_tokenizer(model)
     (model / "tokenizer.json").write_text("{}")
