@@ -110,8 +110,8 @@ def test_epochs_and_evaluations_are_counted(model: Path, data: Path, tmp_path: P
     log = json.loads((tmp_path / "adapter" / "training.json").read_text())["log"]
     assert report.steps == 2 * 5  # 25 records in batches of 6
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [5, 10]
-    assert log[0]["lr"] < log[1]["lr"] == pytest.approx(1e-2, rel=0.1)
-    assert all(left["lr"] > right["lr"] for left, right in pairwise(log[1:]))
+    assert log[0]["lr"] == pytest.approx(1e-2)
+    assert all(left["lr"] > right["lr"] for left, right in pairwise(entry for entry in log if "lr" in entry))
 
 
 def test_every_epoch_has_an_order_of_its_own(
