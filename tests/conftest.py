@@ -31,6 +31,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 records to fine-tune on."""
+    from finetuning import write_records
+
+    return write_records(tmp_path_factory.mktemp("data") / "records.jsonl", 24)
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Path]) -> Path:
+    """A tiny Llama to fine-tune."""
+    from tiny import give_voice
+
+    return give_voice(tiny_model("llama16"))
+
+
+@pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model directory RQC_MODEL, or SmolLM2 off its grid, from tools/fetch_model's cache; nothing is downloaded."""
     if "RQC_MODEL" in os.environ:

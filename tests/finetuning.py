@@ -1,4 +1,4 @@
-"""What tests of fine-tuning share: a tiny model that can read, records for it, and the loss of a saved adapter."""
+"""What tests of fine-tuning share: records to train on, and the loss of a saved adapter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rqc.compiler.finetune.data import Examples, load_examples, read_training_tokenizer, split
 from rqc.models.adapter import Adapter
@@ -19,16 +18,7 @@ from rqc.models.nf4 import NormalFloat, quantize_levels
 from rqc.models.reference import Reference
 
 
-def give_voice(directory: Path) -> Path:
-    """Put a tokenizer of single characters beside a tiny model."""
-    vocabulary = {chr(32 + index): index for index in range(95)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
-
-
-def write_records(path: Path, count: int = 40) -> Path:
+def write_records(path: Path, count: int) -> Path:
     """Sums as text, of different lengths."""
     draw = random.Random(0)
     with path.open("w") as file:

@@ -18,12 +18,23 @@ from rqc.models.delta import Delta, row_norms
 from rqc.models.description import Description
 from rqc.models.grid import Grid, quantize
 from rqc.models.rotation import Rotation
-from rqc.passes.base import Pass, weight_of
+from rqc.passes.base import LINEAR, Pass, weight_of
 from rqc.passes.pack_projections import PackProjections
 from rqc.passes.pack_side_paths import PackSidePaths
+from rqc.passes.quantize import QuantizeLinears
+from rqc.passes.rotate import Rotate
 from rqc.passes.tables import QuantizeTables
 
 Deltas = dict[str, Delta]
+
+
+def quantized_model(directory: Path, grid: Grid, sites: str = "none") -> Imported:
+    """A model whose linears are on the grid, rotated or not, before anything is packed."""
+    imported = import_model(directory)
+    if sites != "none":
+        Rotate(imported.description, Rotation.parse(sites))(imported.model)
+    QuantizeLinears(imported.description, grid)(imported.model)
+    return imported
 
 
 def dense_deltas(
@@ -103,3 +114,9 @@ def lowered(
     """The graph behind all passes; each that claims to be exact was held to it, if `measured`."""
     Instruments(verify_each=measured).run(imported.model, steps(imported, merge, sites, **options))
     return imported.model
+
+
+def linear_inputs(model: ir.Model) -> dict[str, ir.Value | None]:
+    """What every linear of a graph, packed or not, reads, by its name."""
+    nodes = [node for node in model.graph if LINEAR in node.metadata_props]
+    return {name: node.inputs[0] for node in nodes for name in node.metadata_props[LINEAR].split("+")}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+TinyModel = Callable[..., Path]
+"""The fixture `tiny_model`."""
 
 COMMON: dict[str, Any] = {
     "vocab_size": 96,
@@ -68,4 +73,13 @@ def save_tiny(name: str, directory: Path, **changes: Any) -> Path:
         if "norm" in parameter_name or parameter_name.endswith("bias"):
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(directory)
+    return directory
+
+
+def give_voice(directory: Path) -> Path:
+    """Put a tokenizer of single characters beside a tiny model."""
+    vocabulary = {chr(32 + index): index for index in range(95)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(directory / "tokenizer.json"))
     return directory

@@ -1,9 +1,10 @@
-"""Adapters of tiny models with random weights, made by plain peft or as training in a basis writes them, and the
-logits that peft and an engine compute."""
+"""Adapters of tiny models with random weights, made by plain peft or as training in a basis writes them, the logits
+that peft and an engine compute, and their parity."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import give_voice
 from transformers import AutoModelForCausalLM
 
+from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
+from rqc.compiler.verify import ParityReport, verify_engine
 from rqc.models.adapter_basis import AdapterBasis
 from rqc.models.algebra import dimensions
 from rqc.models.delta import Delta
-from rqc.models.grid import Grid
+from rqc.models.grid import Grid, quantize
+from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
 from rqc.runtime.engine import Engine
 
@@ -60,10 +64,7 @@ def peft_logits(model_dir: Path, adapter: Path, ids: NDArray[np.int64]) -> NDArr
 def talking(model_dir: Path, target: Path) -> Path:
     """A copy of a tiny model with a tokenizer of single characters."""
     shutil.copytree(model_dir, target)
-    tokenizer = Tokenizer(models.WordLevel({chr(32 + index): index for index in range(95)}, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(target / "tokenizer.json"))
-    return target
+    return give_voice(target)
 
 
 def mean_kl(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
@@ -89,6 +90,45 @@ class Lines:
 def engine_logits(path: Path) -> np.ndarray:
     with Engine.load(path, threads=1) as engine:
         return engine.logits(IDS.tolist())
+
+
+def checked(directory: Path, adapter: Any, folder: Path, **options: Any) -> ParityReport:
+    """Compile with an adapter (or several), and verify."""
+    compile_engine(directory, folder / "e.plan", adapter=adapter, min_survival=0.0, **options)
+    return verified(folder / "e.plan", directory, adapter)
+
+
+def verified(engine: Path, directory: Path, adapter: Any) -> ParityReport:
+    """Verify on 120 tokens in two windows."""
+    ids = np.random.Generator(np.random.PCG64(5)).integers(0, 96, 120).tolist()
+    return verify_engine(engine, directory, adapter=adapter, token_ids=ids, tokens=120, window=60, threads=1)
+
+
+def failed(report: ParityReport) -> set[str]:
+    """The gates that fail it."""
+    return {gate.name for gate in report.gates if gate.counts and not gate.passed}
+
+
+def on_the_grid(
+    directory: Path, sites: str, deltas: Mapping[str, Delta], residual: Mapping[str, Delta] | None = None
+) -> np.ndarray:
+    """Logits of PyTorch with Ŵ + ΔW in every linear, Ŵ the rounded weights of the rotated model (less a residual)."""
+    reference = Reference.load(directory)
+    tied = reference.description.architecture.tied
+    reference.fold(Rotation.parse(sites), tied=tied)
+    for claim in reference.description.claims:
+        weight = reference.parts[claim.weight].weight.double().numpy()
+        if residual:
+            weight = weight - residual[claim.weight].dense()
+        rounded = quantize(weight, W4["grid"]).dequantize().astype(np.float64) if claim.quantized else weight
+        merged = deltas[claim.weight].merged(rounded) if claim.weight in deltas else rounded
+        reference.parts[claim.weight].weight.copy_(torch.from_numpy(merged))
+    reference.rotate_online(Rotation.parse(sites), tied=tied)
+    return reference.logits(IDS)
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def linears(directory: Path, routers: bool = False) -> dict[str, tuple[int, int]]:

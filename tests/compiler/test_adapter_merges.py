@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_adapters import IDS, W4, Lines, basis_of, engine_logits, peft_logits, random_deltas, save_peft, talking
+from tiny import TinyModel
+from tiny_adapters import (
+    IDS,
+    W4,
+    Lines,
+    basis_of,
+    engine_logits,
+    on_the_grid,
+    peft_logits,
+    random_deltas,
+    relative,
+    save_peft,
+    talking,
+)
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
@@ -26,31 +39,7 @@ from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import ParityError, SchemeError
 from rqc.runtime.inspection import inspect_engine
 
-TinyModel = Callable[..., Path]
 FLOAT_TABLES = {"scheme": "w4a16", "embedding_bits": 32, "head_bits": 32}
-GRID = Grid(4, 16, False, "mse")
-
-
-def on_the_grid(
-    directory: Path, sites: str, deltas: Mapping[str, Delta], residual: Mapping[str, Delta] | None = None
-) -> np.ndarray:
-    """Logits of PyTorch with Ŵ + ΔW in every linear, Ŵ the rounded weights of the rotated model (less a residual)."""
-    reference = Reference.load(directory)
-    tied = reference.description.architecture.tied
-    reference.fold(Rotation.parse(sites), tied=tied)
-    for claim in reference.description.claims:
-        weight = reference.parts[claim.weight].weight.double().numpy()
-        if residual:
-            weight = weight - residual[claim.weight].dense()
-        rounded = quantize(weight, GRID).dequantize().astype(np.float64) if claim.quantized else weight
-        merged = deltas[claim.weight].merged(rounded) if claim.weight in deltas else rounded
-        reference.parts[claim.weight].weight.copy_(torch.from_numpy(merged))
-    reference.rotate_online(Rotation.parse(sites), tied=tied)
-    return reference.logits(IDS)
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def with_magnitudes(deltas: Mapping[str, Delta]) -> dict[str, Delta]:

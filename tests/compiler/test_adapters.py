@@ -3,12 +3,12 @@ away in silence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny import TinyModel
 from tiny_adapters import (
     IDS,
     W4,
@@ -35,7 +35,6 @@ from rqc.models.rotation import Rotation
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import BasisMismatchError, InputError, SchemeError, UnsupportedModelError
 
-TinyModel = Callable[..., Path]
 FAMILIES = ("llama", "llama-bias", "llama-tied", "smollm3", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma")
 MIXTURES = ("mixtral", "qwen3-moe")
 POST_NORM = ("olmo2", "gemma2", "gemma3")

@@ -7,13 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny import TinyModel, give_voice
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.calibrate import partition, perplexity
@@ -22,8 +21,6 @@ from rqc.compiler.probe import run_session, run_stage
 from rqc.models.checkpoint import Checkpoint
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError, ResourceError, RotationError, SchemeError
-
-TinyModel = Callable[..., Path]
 
 
 class Lines:
@@ -43,12 +40,7 @@ class Lines:
 @pytest.fixture
 def talking_model(tiny_model: TinyModel) -> Path:
     """A tiny model with a tokenizer of single characters."""
-    directory = tiny_model("llama16", rms_norm_eps=1e-5)
-    vocabulary = {chr(32 + index): index for index in range(95)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
+    return give_voice(tiny_model("llama16", rms_norm_eps=1e-5))
 
 
 def test_same_inputs_same_bytes_whatever_the_threads(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetuning import give_voice, held_out, loss, merged, write_records
+from finetuning import held_out, loss, merged
 from peft import PeftModel
+from tiny import TinyModel, give_voice
 
 import rqc
 from rqc.models.torch_model import load_torch_model
 
-TinyModel = Callable[..., Path]
 QUICK: dict[str, Any] = {"rank": 4, "max_steps": 3, "batch_size": 4, "seq_len": 64, "lr": 1e-2, "eval_split": 6}
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -52,16 +51,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data") / "records.jsonl")
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_adapter_that_is_written_is_the_one_that_was_trained(
-    variant: str, tiny_model: TinyModel, data: Path, tmp_path: Path
+    variant: str, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    model = give_voice(tiny_model("llama16"))
     report = rqc.finetune(model, data, tmp_path / "adapter", **{**QUICK, **VARIANTS[variant]})
     examples = held_out(model, data, QUICK["eval_split"])
     expected = loss(merged(model, tmp_path / "adapter").model, examples)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetuning import give_voice
+from tiny import TinyModel, give_voice
 
 import rqc
 from rqc.compiler.finetune import run
@@ -18,7 +17,6 @@ from rqc.compiler.finetune.data import read_training_tokenizer
 from rqc.compiler.finetune.train import AdapterTrainer
 from rqc.runtime.errors import InputError
 
-TinyModel = Callable[..., Path]
 MARKED = "{% generation %}{{ message.content }}{% endgeneration %}"
 DATED = (
     "Today: {{ strftime_now(format='%d %b %Y') }};{% for message in messages %}{% if message.role == 'user' %}"

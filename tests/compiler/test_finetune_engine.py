@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from finetuning import give_voice, held_out, write_records
+from finetuning import held_out
+from tiny import TinyModel, give_voice
 
 import rqc
 from rqc.compiler.finetune.data import Examples
 from rqc.runtime.engine import Engine
 
-TinyModel = Callable[..., Path]
 QUICK: dict[str, Any] = {"rank": 4, "max_steps": 4, "batch_size": 4, "seq_len": 64, "lr": 1e-2, "eval_split": 5}
 WIDE: dict[str, Any] = {"head_bits": 32, "embedding_bits": 32, "min_survival": 0.0}
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -30,11 +29,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 CLOSE = {"w4a8": 2e-4}
 """A kernel's codes may be off by one where PyTorch's x falls on the other side of a tie."""
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data") / "records.jsonl", 24)
 
 
 def engine_loss(path: Path, examples: Examples) -> float:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetuning import give_voice, write_records
+from tiny import TinyModel, give_voice
 
 import rqc
 from rqc.compiler.finetune.train import AdapterTrainer
 from rqc.runtime.errors import InputError
 
-TinyModel = Callable[..., Path]
 QUICK: dict[str, Any] = {"rank": 2, "max_steps": 2, "batch_size": 4, "seq_len": 64, "lr": 1e-2}
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data") / "records.jsonl", 12)
 
 
 @pytest.fixture

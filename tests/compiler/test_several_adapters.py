@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tiny_adapters import IDS, W4, Lines, basis_of, engine_logits, mean_kl, random_deltas, save_peft
+from tiny import TinyModel
+from tiny_adapters import (
+    IDS,
+    W4,
+    Lines,
+    basis_of,
+    engine_logits,
+    mean_kl,
+    on_the_grid,
+    random_deltas,
+    relative,
+    save_peft,
+)
 from transformers import AutoModelForCausalLM
 
 from rqc.compiler.adapter_sources import AdapterSource, parse_sources
@@ -30,7 +42,6 @@ from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import BasisMismatchError, InputError, RqcError, SchemeError
 from rqc.runtime.inspection import inspect_engine
 
-TinyModel = Callable[..., Path]
 FLOAT_TABLES = {"scheme": "w4a16", "embedding_bits": 32, "head_bits": 32}
 ALL = "r1,r2,r3,r4"
 ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -47,22 +58,6 @@ def active(model_dir: Path, adapters: Sequence[Path]) -> np.ndarray:
     with torch.inference_mode():
         logits: np.ndarray = model.eval()(input_ids=torch.from_numpy(IDS)[None], use_cache=False).logits[0].numpy()
     return logits
-
-
-def on_the_grid(directory: Path, sites: str, deltas: Mapping[str, Delta]) -> np.ndarray:
-    """Logits of PyTorch with Ŵ + ΔW in every linear, Ŵ the rounded weights of the rotated model."""
-    reference = Reference.load(directory)
-    tied = reference.description.architecture.tied
-    reference.fold(Rotation.parse(sites), tied=tied)
-    for name, delta in deltas.items():
-        rounded = quantize(reference.read(name), W4["grid"]).dequantize()
-        reference.set_weight(name, (rounded + delta.dense()).astype(np.float32))
-    reference.rotate_online(Rotation.parse(sites), tied=tied)
-    return reference.logits(IDS)
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def sums(*several: Mapping[str, Delta]) -> dict[str, Delta]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from tiny import TinyModel
 from tiny_adapters import IDS, W4, Lines, basis_of, mean_kl, peft_logits, random_deltas, save_merged, save_peft, talking
 
 from rqc.compiler.api import compile_engine
@@ -25,7 +25,6 @@ from rqc.runtime.engine import Engine
 from rqc.runtime.errors import InputError, SchemeError, UnsupportedModelError
 from rqc.runtime.inspection import inspect_engine
 
-TinyModel = Callable[..., Path]
 ALL = "r1,r2,r3,r4"
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import TinyModel
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.verify import verify_engine
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import SchemeError
 
-TinyModel = Callable[..., Path]
 IDS = [3 + (7 * i) % 90 for i in range(64)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
-from tiny import MODELS
+from tiny import MODELS, TinyModel
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
@@ -24,7 +23,6 @@ from rqc.passes.attention import FuseGroupQueryAttention
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import InputError, UnsupportedModelError
 
-TinyModel = Callable[..., Path]
 IDS = [3 + (7 * i) % 90 for i in range(80)]
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
 LONG = {

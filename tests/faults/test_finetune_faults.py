@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from finetuning import give_voice, write_records
+from finetuning import write_records
 from safetensors.numpy import load_file
+from tiny import TinyModel, give_voice
 
 import rqc
 from rqc.compiler.finetune.checkpoints import Run
@@ -31,7 +32,6 @@ from rqc.runtime.errors import (
     TrainingError,
 )
 
-TinyModel = Callable[..., Path]
 STEPS = 8
 QUICK: dict[str, Any] = {
     "rank": 4,
@@ -80,16 +80,6 @@ for line in sys.stdin:
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_records(tmp_path_factory.mktemp("data") / "records.jsonl", 24)
-
-
-@pytest.fixture
-def model(tiny_model: TinyModel) -> Path:
-    return give_voice(tiny_model("llama16"))
 
 
 @pytest.fixture(scope="session")

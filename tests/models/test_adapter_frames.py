@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import MODELS
+from tiny import MODELS, TinyModel
 
 from rqc.models import adapter_frames
 from rqc.models.adapter_frames import frame_folds, to_frame, to_plain
@@ -23,7 +22,6 @@ from rqc.models.rotation import Rotation
 from rqc.models.weights import Source, Weight
 from rqc.runtime.errors import BasisMismatchError, RotationError
 
-TinyModel = Callable[..., Path]
 POST_NORM = ("olmo2", "gemma2", "gemma3")
 TOLERANCE = 1e-12
 QKV = ("q_proj", "k_proj", "v_proj")

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
+from tiny import TinyModel
 from tiny_adapters import save_peft
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,6 @@ from rqc.models.description import HEAD, Description
 from rqc.models.reference import Reference
 from rqc.runtime.errors import InputError, RqcError, UnsupportedModelError
 
-TinyModel = Callable[..., Path]
 Q0 = "model.layers.0.self_attn.q_proj"
 PREFIX = "base_model.model."
 PATTERNS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tiny import TinyModel
 from tiny_adapters import save_peft
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +32,6 @@ from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
 from rqc.runtime.errors import BasisMismatchError, InputError, ResourceError
 
-TinyModel = Callable[..., Path]
 IDS = np.random.Generator(np.random.PCG64(3)).integers(0, 96, 32)
 Deltas = dict[str, Delta]
 

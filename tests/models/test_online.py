@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
-from tiny import MODELS
+from tiny import MODELS, TinyModel
 from torch import Tensor, nn
 
 from rqc.compiler.importer import import_model
@@ -23,7 +22,6 @@ from rqc.models.rotation import Orthogonal, Rotation
 from rqc.passes.base import weight_of
 from rqc.runtime.errors import RotationError
 
-TinyModel = Callable[..., Path]
 IDS = torch.from_numpy(np.random.Generator(np.random.PCG64(3)).integers(3, 96, (2, 24)))
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TIED = ("llama-tied", "smollm3", "gemma", "gemma2", "gemma3")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import MODELS
+from tiny import MODELS, TinyModel
 
 from rqc.models.fake_quant import ActivationGrid, quantize_inputs, recording
 from rqc.models.grid import fake_quantize_activations
@@ -17,7 +16,6 @@ from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
 from rqc.runtime.errors import CheckpointError, RotationError
 
-TinyModel = Callable[..., Path]
 IDS = np.random.Generator(np.random.PCG64(3)).integers(0, 96, 48)
 TIED = ("llama-tied", "smollm3", "gemma", "gemma2", "gemma3")
 

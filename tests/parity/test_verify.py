@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import safetensors.numpy
-from tiny import MODELS
+from tiny import MODELS, TinyModel
 
 from rqc.compiler import manifest as manifests
 from rqc.compiler.pipeline import compile_model
@@ -23,7 +23,6 @@ from rqc.passes.accumulation import Int8Accumulation
 from rqc.passes.rotate import Rotate
 from rqc.runtime.errors import BasisMismatchError, InputError
 
-TinyModel = Callable[..., Path]
 IDS = np.random.Generator(np.random.PCG64(5)).integers(0, 96, 120).tolist()
 KEYS = ["passed", "tokens", "max_abs", "mean_kl", "top1_agreement", "ppl_engine", "ppl_reference", "gates"]
 

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tiny_adapters import basis_of, random_deltas, save_peft
+from tiny import TinyModel
+from tiny_adapters import basis_of, checked, failed, random_deltas, save_peft, verified
 
 from rqc.compiler import merge as merges
 from rqc.compiler import pipeline
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
 from rqc.compiler.importer import import_model
-from rqc.compiler.verify import ParityReport, verify_engine
+from rqc.compiler.verify import ParityReport
 from rqc.models import quantized as lazy_quantized
 from rqc.models.adapter import Adapter, write_adapter
 from rqc.models.adapter_names import torch_names
@@ -31,21 +32,10 @@ from rqc.passes import branches, zero_points
 from rqc.passes.base import BRANCH_A, ONLINE
 from rqc.runtime.errors import InputError
 
-TinyModel = Callable[..., Path]
-IDS = np.random.Generator(np.random.PCG64(5)).integers(0, 96, 120).tolist()
+Fault = Callable[[pytest.MonkeyPatch], None]
 ALL = "r1,r2,r3,r4"
 W4, W4_OFFSET = Grid(4, 16, True, "mse"), Grid(4, 16, False, "none")
 W3, W2 = Grid(3, 32, True, "none"), Grid(2, 32, False, "mse")
-
-
-def checked(directory: Path, adapter: Path, folder: Path, **options: Any) -> ParityReport:
-    """Compile with an adapter, and verify."""
-    compile_engine(directory, folder / "e.plan", adapter=adapter, min_survival=0.0, **options)
-    return verified(folder / "e.plan", directory, adapter)
-
-
-def verified(engine: Path, directory: Path, adapter: Path | None) -> ParityReport:
-    return verify_engine(engine, directory, adapter=adapter, token_ids=IDS, tokens=120, window=60, threads=1)
 
 
 def in_basis(
@@ -84,10 +74,6 @@ def in_basis(
 
 def value(report: ParityReport, name: str) -> float:
     return next(gate.value for gate in report.gates if gate.name == name)
-
-
-def failed(report: ParityReport) -> set[str]:
-    return {gate.name for gate in report.gates if gate.counts and not gate.passed}
 
 
 @pytest.mark.parametrize("sites", ["none", ALL])
@@ -313,6 +299,25 @@ BRANCH_FAULTS = (forget_adapter, scale_branches, another_adapter, carry_nowhere,
 ZERO_POINT_FAULTS = (no_correction, move_one_zero_point, shrink_corrections, another_adapter)
 
 
+@pytest.fixture
+def wrongly(tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ParityReport]:
+    """Compile a tiny Llama and an adapter (plain peft's, or `in_basis`) with a fault, unmeasured; verify without it."""
+
+    def check(fault: Fault, scheme: str, basis: Mapping[str, Any] | None = None, **options: Any) -> ParityReport:
+        directory, adapter = tiny_model("llama", initializer_range=0.1), tmp_path / "adapter"
+        if basis is None:
+            save_peft(directory, adapter)
+        else:
+            in_basis(directory, adapter, "r1,r4", W4, **basis)
+        with monkeypatch.context() as patch:
+            fault(patch)
+            patch.setattr(pipeline, "survival_of", lambda *arguments: {"": 1.0})
+            compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme=scheme, **options)
+        return verified(tmp_path / "e.plan", directory, adapter)
+
+    return check
+
+
 @pytest.mark.parametrize(
     ("fault", "scheme"),
     [
@@ -320,24 +325,12 @@ ZERO_POINT_FAULTS = (no_correction, move_one_zero_point, shrink_corrections, ano
         *((fault, scheme) for fault in (scale_branches, read_before_the_rotation) for scheme in ("w4a8", "w4a4")),
     ],
 )
-def test_a_wrong_branch_fails(
-    fault: Callable[[pytest.MonkeyPatch], None],
-    scheme: str,
-    tiny_model: TinyModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    directory = tiny_model("llama", initializer_range=0.1)
-    adapter = save_peft(directory, tmp_path / "adapter")
-    with monkeypatch.context() as patch:
-        fault(patch)
-        patch.setattr(pipeline, "survival_of", lambda *arguments: {"": 1.0})
-        compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme=scheme, rotate=ALL, merge="branch")
-    report = verified(tmp_path / "e.plan", directory, adapter)
-    assert not report.passed
+def test_a_wrong_branch_fails(fault: Fault, scheme: str, wrongly: Callable[..., ParityReport]) -> None:
+    report = wrongly(fault, scheme, rotate=ALL, merge="branch")
     wrong = {"forget_adapter": "misplaced_codes", "read_before_the_rotation": "mean_kl"}.get(fault.__name__, "weights")
     if scheme != "w4a16" and wrong == "mean_kl":
         wrong = "equal_codes" if scheme == "w4a8" else "linear_error"
+    assert not report.passed
     assert wrong in failed(report), report.gates
 
 
@@ -345,20 +338,8 @@ def test_a_wrong_branch_fails(
     ("fault", "scheme"),
     [*((fault, "w4a16") for fault in ZERO_POINT_FAULTS), (no_correction, "w4a8"), (shrink_corrections, "w4a4")],
 )
-def test_a_wrong_zero_point_merge_fails(
-    fault: Callable[[pytest.MonkeyPatch], None],
-    scheme: str,
-    tiny_model: TinyModel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    directory = tiny_model("llama", initializer_range=0.1)
-    adapter = in_basis(directory, tmp_path / "adapter", "r1,r4", W4, pool=16, size=0.5)
-    with monkeypatch.context() as patch:
-        fault(patch)
-        patch.setattr(pipeline, "survival_of", lambda *arguments: {"": 1.0})
-        compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme=scheme, merge="zero-point")
-    report = verified(tmp_path / "e.plan", directory, adapter)
+def test_a_wrong_zero_point_merge_fails(fault: Fault, scheme: str, wrongly: Callable[..., ParityReport]) -> None:
+    report = wrongly(fault, scheme, {"pool": 16, "size": 0.5}, merge="zero-point")
     assert not report.passed
     assert failed(report) & {"weights", "misplaced_codes"}, report.gates
 
@@ -366,29 +347,15 @@ def test_a_wrong_zero_point_merge_fails(
 @pytest.mark.parametrize("pool", [{}, {"pool": 16}], ids=["branch", "zero-point"])
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
 def test_rows_that_a_dora_does_not_scale_fail(
-    scheme: str, pool: Mapping[str, int], tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheme: str, pool: Mapping[str, int], wrongly: Callable[..., ParityReport]
 ) -> None:
-    directory = tiny_model("llama", initializer_range=0.1)
-    adapter = in_basis(directory, tmp_path / "adapter", "r1,r4", W4, dora=True, **pool)
-    with monkeypatch.context() as patch:
-        forget_magnitudes(patch)
-        patch.setattr(pipeline, "survival_of", lambda *arguments: {"": 1.0})
-        compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme=scheme)
-    report = verified(tmp_path / "e.plan", directory, adapter)
+    report = wrongly(forget_magnitudes, scheme, {"dora": True, **pool})
     assert {"weights", "misplaced_codes"} <= failed(report)
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "fp16", "w4a16", "w4a8"])
-def test_a_folded_adapter_that_is_another_one_fails(
-    scheme: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = tiny_model("llama", initializer_range=0.1)
-    adapter = save_peft(directory, tmp_path / "adapter")
-    with monkeypatch.context() as patch:
-        another_adapter(patch)
-        patch.setattr(pipeline, "survival_of", lambda *arguments: {"": 1.0})
-        compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme=scheme, rotate="r4", merge="fold")
-    report = verified(tmp_path / "e.plan", directory, adapter)
+def test_a_folded_adapter_that_is_another_one_fails(scheme: str, wrongly: Callable[..., ParityReport]) -> None:
+    report = wrongly(another_adapter, scheme, rotate="r4", merge="fold")
     assert not report.passed
     assert ("mean_kl" if scheme == "fp32" else "weights" if scheme == "fp16" else "misplaced_codes") in failed(report)
 

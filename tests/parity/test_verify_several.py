@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import pytest
-from tiny_adapters import basis_of, random_deltas, save_peft, talking
+from tiny import TinyModel
+from tiny_adapters import basis_of, checked, failed, random_deltas, save_peft, talking, verified
 
 from rqc.compiler import merge as merges
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
-from rqc.compiler.verify import ParityReport, verify_engine
 from rqc.models.adapter import write_adapter
 from rqc.models.grid import Grid
 from rqc.passes import switches
 from rqc.runtime.errors import InputError
 
-TinyModel = Callable[..., Path]
-IDS = np.random.Generator(np.random.PCG64(5)).integers(0, 96, 120).tolist()
 ALL = "r1,r2,r3,r4"
 W4 = Grid(4, 16, True, "mse")
-
-
-def verified(engine: Path, directory: Path, adapter: Any) -> ParityReport:
-    return verify_engine(engine, directory, adapter=adapter, token_ids=IDS, tokens=120, window=60, threads=1)
-
-
-def checked(directory: Path, adapter: Any, folder: Path, **options: Any) -> ParityReport:
-    compile_engine(directory, folder / "e.plan", adapter=adapter, min_survival=0.0, **options)
-    return verified(folder / "e.plan", directory, adapter)
-
-
-def failed(report: ParityReport) -> set[str]:
-    return {gate.name for gate in report.gates if gate.counts and not gate.passed}
 
 
 def two(directory: Path, folder: Path) -> list[Path]:

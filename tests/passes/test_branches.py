@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from side_path_models import dense_deltas, logits, lowered, steps, updated_logits, with_magnitudes
-from tiny import MODELS
+from side_path_models import (
+    dense_deltas,
+    linear_inputs,
+    logits,
+    lowered,
+    quantized_model,
+    steps,
+    updated_logits,
+    with_magnitudes,
+)
+from tiny import MODELS, TinyModel
 
-from rqc.compiler.importer import Imported, import_model
+from rqc.compiler.importer import import_model
 from rqc.compiler.probe import drift
 from rqc.models.grid import Grid
-from rqc.models.rotation import Rotation
 from rqc.passes import pack_side_paths
-from rqc.passes.base import BRANCH_A, BRANCH_B, LINEAR
+from rqc.passes.base import BRANCH_A, BRANCH_B
 from rqc.passes.branches import AddBranches
 from rqc.passes.pack_side_paths import PackSidePaths
-from rqc.passes.quantize import QuantizeLinears
-from rqc.passes.rotate import Rotate
 from rqc.runtime.errors import InputError, SchemeError, UnsupportedModelError
 
-TinyModel = Callable[..., Path]
 SAME = 1e-5
 W4 = {"scheme": "w4a16", "group_size": 32, "clip": "none"}
-
-
-def quantized_model(directory: Path, grid: Grid) -> Imported:
-    imported = import_model(directory)
-    QuantizeLinears(imported.description, grid)(imported.model)
-    return imported
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -82,9 +79,7 @@ def test_rotated_models_run_what_was_trained_in_their_basis(tiny_model: TinyMode
     imported = import_model(directory)
     deltas = dense_deltas(imported.description)
     model = lowered(imported, AddBranches(deltas), "r2,r3,r4", **W4)
-    other = import_model(directory)
-    Rotate(other.description, Rotation.parse("r2,r3,r4"))(other.model)
-    QuantizeLinears(other.description, Grid(4, 32))(other.model)
+    other = quantized_model(directory, Grid(4, 32), "r2,r3,r4")
     AddBranches(deltas)(other.model)
     assert drift(logits(other.model), logits(model)) < SAME
 
@@ -135,12 +130,7 @@ def test_branches_read_what_their_linears_read(name: str, scheme: str, tiny_mode
     imported = import_model(tiny_model(name))
     merge = AddBranches(dense_deltas(imported.description))
     model = lowered(imported, merge, "r4", measured=False, scheme=scheme, group_size=32)
-    inputs = {
-        name: node.inputs[0]
-        for node in model.graph
-        if LINEAR in node.metadata_props
-        for name in node.metadata_props[LINEAR].split("+")
-    }
+    inputs = linear_inputs(model)
     order = {node: index for index, node in enumerate(model.graph)}
     for node in model.graph:
         assert all(order[made] < order[node] for value in node.inputs if value and (made := value.producer()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import MODELS
+from tiny import MODELS, TinyModel
 
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import EXACT_DRIFT, probe_tokens
@@ -22,7 +21,6 @@ from rqc.passes.rotate import Rotate
 from rqc.passes.ties import Untie
 from rqc.runtime.errors import RotationError
 
-TinyModel = Callable[..., Path]
 SITES = ("r1", "r2", "r3", "r4")
 SETS = [",".join(sites) for size in range(1, 5) for sites in combinations(SITES, size)]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tiny import TinyModel
 
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import probe_tokens
@@ -21,8 +19,6 @@ from rqc.passes.base import weight_of
 from rqc.passes.norms import FuseNormGains
 from rqc.passes.rotate import Rotate
 from rqc.runtime.errors import InputError, UnsupportedModelError
-
-TinyModel = Callable[..., Path]
 
 
 def random_deltas(imported: Imported, *, dora: bool = False) -> dict[str, Delta]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from tiny import MODELS
+from tiny import MODELS, TinyModel
 
 from rqc.compiler.importer import import_model
 from rqc.compiler.instruments import EXACT_DRIFT, Instruments, probe_tokens
@@ -22,8 +21,6 @@ from rqc.passes.base import LINEAR, Pass
 from rqc.passes.skip_norm import FuseSkipNorm
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import PassError
-
-TinyModel = Callable[..., Path]
 
 
 def valid_sites(name: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from tiny import TinyModel
 
 from rqc.compiler.importer import import_model
 from rqc.compiler.passlist import passes_of
@@ -16,7 +16,6 @@ from rqc.compiler.probe import drift, feed, run_stage, save_stage
 from rqc.compiler.recipe import Recipe
 from rqc.models.rotation import Rotation
 
-TinyModel = Callable[..., Path]
 LENGTHS = (70, 9, 41)
 
 

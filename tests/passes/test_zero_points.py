@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from side_path_models import dense_deltas, logits, lowered, pooled_deltas, steps, updated_logits, with_magnitudes
-from tiny import MODELS
+from side_path_models import (
+    dense_deltas,
+    linear_inputs,
+    logits,
+    lowered,
+    pooled_deltas,
+    quantized_model,
+    steps,
+    updated_logits,
+    with_magnitudes,
+)
+from tiny import MODELS, TinyModel
 
-from rqc.compiler.importer import Imported, import_model
+from rqc.compiler.importer import import_model
 from rqc.compiler.probe import drift
 from rqc.models import quantized as lazy_quantized
 from rqc.models.grid import Grid
-from rqc.models.rotation import Rotation
 from rqc.models.zero_points import certify
 from rqc.passes.base import LINEAR, OFFSET, SUMS
 from rqc.passes.branches import AddBranches
 from rqc.passes.pack import PackBlocks
-from rqc.passes.quantize import QuantizeLinears, quantized_of
-from rqc.passes.rotate import Rotate
+from rqc.passes.quantize import quantized_of
 from rqc.passes.zero_points import MergeZeroPoints
 from rqc.runtime.errors import InputError, SchemeError, UnsupportedModelError
 
-TinyModel = Callable[..., Path]
 MERGED = 1e-5
 """Relative drift of logits at float accumulation."""
-
-
-def quantized_model(directory: Path, grid: Grid) -> Imported:
-    imported = import_model(directory)
-    QuantizeLinears(imported.description, grid)(imported.model)
-    return imported
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -96,9 +95,7 @@ def test_rotated_models_merge_what_was_trained_in_their_basis(tiny_model: TinyMo
     imported = import_model(directory)
     deltas = pooled_deltas(imported.description, 32)
     model = lowered(imported, MergeZeroPoints(deltas), "r2,r3,r4", scheme="w4a16", group_size=32, clip="none")
-    other = import_model(directory)
-    Rotate(other.description, Rotation.parse("r2,r3,r4"))(other.model)
-    QuantizeLinears(other.description, Grid(4, 32))(other.model)
+    other = quantized_model(directory, Grid(4, 32), "r2,r3,r4")
     AddBranches(deltas)(other.model)
     assert drift(logits(other.model), logits(model)) < MERGED
 
@@ -131,12 +128,7 @@ def test_corrections_read_what_their_linears_read(scheme: str, tiny_model: TinyM
     imported = import_model(tiny_model("mixtral"))
     deltas = pooled_deltas(imported.description, 32)
     model = lowered(imported, MergeZeroPoints(deltas), "r4", measured=False, scheme=scheme, group_size=32)
-    inputs = {
-        name: node.inputs[0]
-        for node in model.graph
-        if LINEAR in node.metadata_props
-        for name in node.metadata_props[LINEAR].split("+")
-    }
+    inputs = linear_inputs(model)
     checked = 0
     for node in model.graph:
         if SUMS in node.metadata_props and node.inputs[0].producer().metadata_props.get(SUMS) is None:  # type: ignore[union-attr]
