@@ -10,32 +10,28 @@ import onnx_ir as ir
 
 from rqc.models.delta import Delta
 from rqc.models.merges import AddDelta
-from rqc.passes.base import Pass, set_weight, weight_of
+from rqc.passes.base import AdapterPass, set_weight, weight_of
 from rqc.runtime.errors import UnsupportedModelError
 
 DONE = "rqc.fold"
 """Start of the metadata keys that tell which adapters a graph holds."""
 
 
-class FoldAdapter(Pass):
+class FoldAdapter(AdapterPass):
     """W ← W + sign · c B A for every weight in `deltas`, in float64, in the basis that the graph has at this point.
 
     Biases stay: neither LoRA nor DoRA touches them. sign −1 takes away what a base was quantized without (LoftQ
     quantizes W − E). The function changes on purpose. Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
     """
 
-    exact = False
-
     def __init__(self, deltas: Mapping[str, Delta], sign: float = 1.0) -> None:
-        super().__init__()
-        self.deltas = dict(deltas)
+        super().__init__(deltas)
         self.sign = sign
 
     @property
     def detail(self) -> str:
-        """How many linears, and the largest rank."""
-        rank = max((delta.rank for delta in self.deltas.values()), default=0)
-        return f"{'+' if self.sign > 0 else '−'} {len(self.deltas)} linears, rank {rank}"
+        """Added or taken away, how many linears, and the largest rank."""
+        return f"{'+' if self.sign > 0 else '−'} {super().detail}"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         mark = f"{DONE}.{digest(self.deltas, self.sign)}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from rqc.models.delta import Delta
 from rqc.models.weights import Weight
 
 LINEAR = "rqc.linear"
@@ -56,6 +57,22 @@ class Pass(ir.passes.InPlacePass):
     def detail(self) -> str:
         """The parameters of the pass, for progress lines and dry runs; nothing for a pass without any."""
         return ""
+
+
+class AdapterPass(Pass):
+    """A pass that puts an adapter's updates, by parameter name, into a graph: the function changes, on purpose."""
+
+    exact = False
+
+    def __init__(self, deltas: Mapping[str, Delta]) -> None:
+        super().__init__()
+        self.deltas = dict(deltas)
+
+    @property
+    def detail(self) -> str:
+        """How many linears, and the largest rank."""
+        rank = max((delta.rank for delta in self.deltas.values()), default=0)
+        return f"{len(self.deltas)} linears, rank {rank}"
 
 
 def set_weight(value: ir.Value, weight: Weight) -> None:

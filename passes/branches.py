@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from rqc.models.delta import Delta
 from rqc.models.quantized import LazyQuantized, Update
-from rqc.passes.base import ADAPTER, BRANCH_A, BRANCH_B, Pass
+from rqc.passes.base import ADAPTER, BRANCH_A, BRANCH_B, AdapterPass
 from rqc.passes.quantize import quantize_again
 from rqc.passes.side_paths import F32, addressed, dequantize_of, join, lazy_of, product, side_tensor, updated
 from rqc.runtime.errors import InputError, SchemeError
@@ -60,24 +59,12 @@ def branches_of(node: ir.Node) -> tuple[Branch, ...]:
     return found
 
 
-class AddBranches(Pass):
+class AddBranches(AdapterPass):
     """y ← y + (x Aᵀ)(c B)ᵀ beside every linear in `deltas`; x is what the linear reads, rotated online or not.
 
     DoRA on a quantized base: with n = ‖Ŵ + c B A‖_row, s ← s m/n and B ← diag(m/n) B, which is exact. The function
     changes by the adapter, on purpose. Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
     """
-
-    exact = False
-
-    def __init__(self, deltas: Mapping[str, Delta]) -> None:
-        super().__init__()
-        self.deltas = dict(deltas)
-
-    @property
-    def detail(self) -> str:
-        """How many linears, and the largest rank."""
-        rank = max((delta.rank for delta in self.deltas.values()), default=0)
-        return f"{len(self.deltas)} linears, rank {rank}"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         present = {node.metadata_props[BRANCH_A]: node for node in model.graph if BRANCH_A in node.metadata_props}

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import onnx_ir as ir
 
-from rqc.models.delta import Delta
 from rqc.models.quantized import LazyQuantized, Update
-from rqc.passes.base import OFFSET, SUMS, Pass, constant, initializer, insert_after
+from rqc.passes.base import OFFSET, SUMS, AdapterPass, constant, initializer, insert_after
 from rqc.passes.quantize import quantize_again
 from rqc.passes.side_paths import F32, addressed, dequantize_of, join, lazy_of, product, side_tensor, updated
 from rqc.runtime.errors import SchemeError
 
 
-class MergeZeroPoints(Pass):
+class MergeZeroPoints(AdapterPass):
     """z ← zr, y ← y + P_g(x) corrᵀ with zr the integer zero point nearest to z − D/s and corr = D + s (zr − z).
 
     For deltas ΔW that are constant inside every block, D [N, G]; sums P_g(x) are computed once for all that read x. A
     DoRA's rows are scaled by m / n besides: s ← s m/n, corr ← corr m/n. The function changes by ΔW, on purpose.
     Source: QA-LoRA (arXiv 2309.14717); the correction is the one of asymmetric integer kernels.
     """
-
-    exact = False
-
-    def __init__(self, deltas: Mapping[str, Delta]) -> None:
-        super().__init__()
-        self.deltas = dict(deltas)
 
     @property
     def detail(self) -> str:
