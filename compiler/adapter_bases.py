@@ -10,7 +10,7 @@ from rqc.compiler.instruments import Progress
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.adapter import Adapter
-from rqc.models.adapter_basis import AdapterBasis
+from rqc.models.adapter_basis import MERGED_POOLS, AdapterBasis
 from rqc.models.grid import Grid
 from rqc.runtime.errors import BasisMismatchError, InputError, SchemeError
 
@@ -21,7 +21,7 @@ def bound(adapter: Adapter) -> str | None:
         return None
     if adapter.basis.base_kind != "float":
         return "it corrects weights that were rounded in that basis"
-    if adapter.kind in ("qalora", "qahira"):
+    if adapter.kind in MERGED_POOLS:
         return "a pooled adapter cannot be carried through a rotation"
     return None
 
@@ -141,5 +141,5 @@ def _flag(name: str, value: Any) -> str:
 
 
 def short(digest: str | None) -> str:
-    """The start of a basis hash, as messages have it."""
+    """The start of a hash, as messages have it."""
     return "none" if digest is None else digest[:12]

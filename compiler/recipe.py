@@ -5,7 +5,6 @@ A flag overrides the recipe file, which overrides the default. Keys of a file ar
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import tomllib
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rqc.compiler.adapter_sources import AdapterSource, parse_sources
+from rqc.compiler.option_values import NUMBER, PATH, near_miss, one_of, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.rotation import KINDS, SITES, Rotation
 from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError, TargetError
@@ -26,7 +26,6 @@ METHODS = ("rtn",)
 CLIPS = ("none", "mse")
 TIED = ("keep", "untie")
 MERGES = ("auto", "fold", "zero-point", "branch")
-PATH, NUMBER = (str, Path), (int, float)
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,13 @@ class Recipe:
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _one_of("target", self.target, TARGETS, TargetError)
-        _one_of("group_size", self.group_size, GROUP_SIZES, SchemeError)
-        _one_of("clip", self.clip, CLIPS, SchemeError)
-        _one_of("method", self.method, METHODS, SchemeError)
-        _one_of("tied", self.tied, TIED, SchemeError)
-        _one_of("hadamard", self.hadamard, KINDS, RotationError)
-        _one_of("merge", self.merge, MERGES, SchemeError)
+        one_of("target", self.target, TARGETS, TargetError)
+        one_of("group_size", self.group_size, GROUP_SIZES, SchemeError)
+        one_of("clip", self.clip, CLIPS, SchemeError)
+        one_of("method", self.method, METHODS, SchemeError)
+        one_of("tied", self.tied, TIED, SchemeError)
+        one_of("hadamard", self.hadamard, KINDS, RotationError)
+        one_of("merge", self.merge, MERGES, SchemeError)
         if not -math.inf < self.min_survival <= 1:
             raise InputError(f"min_survival is {self.min_survival}", hint="a share up to 1, such as 0.5")
         if not self.adapter and (self.merge, self.min_survival) != ("auto", 0.5):
@@ -81,7 +80,7 @@ class Recipe:
             )
         for name in ("embedding_bits", "head_bits"):
             if getattr(self, name) is not None:
-                _one_of(name, getattr(self, name), TABLE_BITS, SchemeError)
+                one_of(name, getattr(self, name), TABLE_BITS, SchemeError)
         for name, least in (("rotation_seed", 0), ("calibration_samples", 1), ("calibration_length", 2)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}", hint=f"{name} is {least} or more")
@@ -145,7 +144,7 @@ class Recipe:
         for key, value in values.items():
             name = key.replace("-", "_")
             if name not in known:
-                raise InputError(f"unknown option {key!r} of a compile", hint=_near_miss(name, known))
+                raise InputError(f"unknown option {key!r} of a compile", hint=near_miss(name, known))
             if name in parsed:
                 raise InputError(f"option {key!r} is given twice", hint="- and _ are the same in names")
             if value is not None:
@@ -192,54 +191,31 @@ def parse_size(text: str) -> int:
 def _parse(name: str, value: Any) -> Any:
     """`value` as the field `name` holds it. Raises the field's RqcError."""
     if name == "scheme":
-        return value if isinstance(value, Scheme) else Scheme.parse(_typed(name, value, str))
+        return value if isinstance(value, Scheme) else Scheme.parse(typed(name, value, str))
     if name == "rotate":
         return _parse_rotate(value)
     if name == "max_memory":
-        return parse_size(value) if isinstance(value, str) else _typed(name, value, int)
+        return parse_size(value) if isinstance(value, str) else typed(name, value, int)
     if name == "calibration":
-        return Path(_typed(name, value, PATH))
+        return Path(typed(name, value, PATH))
     if name == "adapter":
         return parse_sources(value)
     if name == "symmetric":
-        return _typed(name, value, bool)
+        return typed(name, value, bool)
     if name == "min_survival":
-        return float(_typed(name, value, NUMBER))
+        return float(typed(name, value, NUMBER))
     texts = ("target", "clip", "method", "hadamard", "tied", "merge")
-    return _typed(name, value, str if name in texts else int)
+    return typed(name, value, str if name in texts else int)
 
 
 def _parse_rotate(value: Any) -> Literal["auto"] | frozenset[str]:
     """'auto', 'none', 'r1,r4', or names in a list."""
-    if isinstance(value, str):
-        if value.strip() == "auto":
-            return "auto"
-        names = [name.strip() for name in value.split(",")]
-    elif isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value):
-        names = list(value)
-    else:
-        raise InputError(f"rotate is {value!r}", hint=f"auto, none, or a list of {', '.join(SITES)}")
+    if isinstance(value, str) and value.strip() == "auto":
+        return "auto"
+    names = site_names(value, "auto", "none")
     if names != ["none"] and (unknown := [name for name in names if name not in SITES]):
         raise RotationError(f"unknown rotation {unknown[0]!r}", hint=f"auto, none, or a list of {', '.join(SITES)}")
     return Rotation.parse(names).sites
-
-
-def _typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
-    """`value`, if it is of that kind; True and False are no integers."""
-    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    words = {str: "text", int: "a whole number", bool: "true or false", PATH: "a path", NUMBER: "a number"}
-    raise InputError(f"{name} is {value!r}", hint=f"{name} is {words[kind]}")
-
-
-def _one_of(name: str, value: object, allowed: tuple[object, ...], error: type[RqcError]) -> None:
-    if value not in allowed:
-        raise error(f"{name} {value!r} is not available here", hint=f"allowed: {', '.join(map(str, allowed))}")
-
-
-def _near_miss(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rqc.compiler.adapted import Adapted, check_presence
+from rqc.compiler.adapter_bases import short
 from rqc.compiler.adapter_sources import RESERVED, AdapterOption, AdapterSource, parse_sources
 from rqc.compiler.belonging import Belonging, Beside, adopt_weights
 from rqc.compiler.gates import FAITHFUL_KL, Gate, check_limits, judge
@@ -214,7 +215,7 @@ class _Verification:
         basis = rotation.basis(dimensions(description)) if rotation.sites else None
         if basis != recorded["basis"]:
             raise BasisMismatchError(
-                f"{self.file.path} has basis {_short(recorded['basis'])}, {rotation} of this model is {_short(basis)}",
+                f"{self.file.path} has basis {short(recorded['basis'])}, {rotation} of this model is {short(basis)}",
                 hint="compile the engine again with this version of rqc",
             )
         return rotation, description.architecture.tied and self.file.manifest["tied"] != "untie"
@@ -301,13 +302,9 @@ def _same_model(file: EngineFile, model_dir: str | Path) -> None:
     found = Checkpoint.open(model_dir).fingerprint()
     if recorded != found:
         raise InputError(
-            f"{file.path} was compiled from the model {_short(recorded)}, {model_dir} holds {_short(found)}",
+            f"{file.path} was compiled from the model {short(recorded)}, {model_dir} holds {short(found)}",
             hint="give the directory that the engine was compiled from",
         )
-
-
-def _short(digest: str | None) -> str:
-    return "none" if digest is None else digest[:12]
 
 
 def _text(text: str | Path | None) -> str:

@@ -16,6 +16,10 @@ BASIS_FILE = "rqc_basis.json"
 FORMAT, VERSION = "rqc-basis", 1
 BASE_KINDS = ("float", "w4", "w3", "w2", "nf4")
 ADAPTER_TYPES = ("lora", "dora", "qalora", "qbara", "qahira")
+POOLED = ("qalora", "qbara", "qahira")
+"""Of those, the ones that pool inputs."""
+MERGED_POOLS = ("qalora", "qahira")
+"""Of those, the ones that become zero points: their pools are whole groups of the grid."""
 _HINT = f"restore {BASIS_FILE} from where the adapter was trained, or train it again"
 
 

@@ -25,13 +25,11 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rqc.models.adapter_basis import POOLED
 from rqc.models.delta import Delta
 from rqc.runtime.errors import SchemeError
 
-__all__ = ["KINDS", "BlockSums", "PooledIn", "RepeatOut", "attach", "delta_of", "set_factors"]
-
-KINDS = ("qalora", "qahira", "qbara")
-"""What `attach` knows."""
+__all__ = ["BlockSums", "PooledIn", "RepeatOut", "attach", "delta_of", "set_factors"]
 
 
 class BlockSums(nn.Module):
@@ -125,14 +123,14 @@ def block_sums(x: Tensor, pool: int) -> Tensor:
 
 
 def attach(model: nn.Module, kind: str, *, pool: int, repeat: int = 1, adapter: str = "default") -> None:
-    """Turn the plain LoRA (or DoRA) that peft has just put into a model into one of `KINDS`.
+    """Turn the plain LoRA (or DoRA) that peft has just put into a model into one of `POOLED`.
 
     `pool` is the block size for "qalora" and "qahira" and Q-BaRA's p for "qbara"; `repeat` how many outputs share a
     row ("qbara": p too). Ranks and scales are those peft was given; QA-HiRA has neither. Changes nothing and raises
     SchemeError, naming the module, where p does not divide a layer or a module cannot be adapted this way.
     """
-    if kind not in KINDS:
-        raise SchemeError(f"adapter type {kind!r} pools nothing", hint=f"use one of {', '.join(KINDS)}")
+    if kind not in POOLED:
+        raise SchemeError(f"adapter type {kind!r} pools nothing", hint=f"use one of {', '.join(POOLED)}")
     if kind == "qbara" and repeat == 1:
         repeat = pool
     if pool < 1 or repeat < 1 or (kind == "qbara" and repeat != pool):
@@ -188,7 +186,7 @@ def _swap(layer: Any, kind: str, pool: int, repeat: int, adapter: str) -> None:
 
 
 def delta_of(layer: Any, adapter: str = "default") -> Delta:
-    """ΔW of a `lora.Linear` as factors, exactly: plain LoRA, rsLoRA, DoRA and all `KINDS`.
+    """ΔW of a `lora.Linear` as factors, exactly: plain LoRA, rsLoRA, DoRA and all of `POOLED`.
 
     Raises SchemeError for a bias in lora_B and for modules that are none of these.
     """

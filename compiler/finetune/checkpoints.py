@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rqc.compiler.replace_file import explained
+from rqc.models.adapter_basis import BASIS_FILE
 from rqc.models.json_files import read_object
 from rqc.runtime.errors import InputError
 
@@ -26,7 +27,6 @@ RUN = "run.json"
 """What the run is of: settings, model, data."""
 TRAINING = "training.json"
 """In a finished adapter: settings and log."""
-BASIS = "rqc_basis.json"
 DAY = "day"
 """In what a run is of: the day on which it was started, which chat templates may tell the model."""
 KEPT = 2
@@ -59,7 +59,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the directory holds an adapter that rqc trained."""
-        return (self.output / TRAINING).is_file() and (self.output / BASIS).is_file()
+        return (self.output / TRAINING).is_file() and (self.output / BASIS_FILE).is_file()
 
     def latest(self) -> Path | None:
         """The complete checkpoint of the most steps."""
@@ -78,7 +78,7 @@ class Run:
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise InputError(f"{self.output} cannot be written: {nearest} is no writable folder", hint="choose another")
         entries = {entry.name for entry in self.output.iterdir()} if self.output.is_dir() else set()
-        if entries - {FOLDER, _FINISHED} and not entries & {BASIS, TRAINING}:
+        if entries - {FOLDER, _FINISHED} and not entries & {BASIS_FILE, TRAINING}:
             raise InputError(
                 f"{self.output} holds files that are no adapter of rqc's; it is not overwritten",
                 hint="name a new directory",

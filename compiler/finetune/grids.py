@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from rqc.compiler.finetune.settings import NF4_BLOCK, Settings
+from rqc.compiler.finetune.settings import Settings
 from rqc.compiler.finetune.targets import Target
 from rqc.compiler.instruments import Progress
 from rqc.models.adapter_frames import frame_folds
@@ -23,7 +23,7 @@ from rqc.models.weights import Weight
 
 def grid_of(settings: Settings) -> Grid | NormalFloat | None:
     """The grid of the frozen weights; None for floats."""
-    return NormalFloat(4, NF4_BLOCK) if settings.base == "nf4" else settings.grid
+    return NormalFloat() if settings.base == "nf4" else settings.grid
 
 
 def put_on_grid(

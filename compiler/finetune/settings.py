@@ -6,25 +6,24 @@ layers, by `rqc.compiler.finetune.stage`.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rqc.compiler.option_values import NUMBER, PATH, near_miss, one_of, site_names, typed
 from rqc.compiler.recipe import CLIPS, GROUP_SIZES
 from rqc.compiler.scheme import SCHEMES
+from rqc.models.adapter_basis import ADAPTER_TYPES, BASE_KINDS, MERGED_POOLS, POOLED
 from rqc.models.grid import Grid
-from rqc.models.rotation import KINDS, SITES, Rotation
+from rqc.models.nf4 import NormalFloat
+from rqc.models.rotation import KINDS, Rotation
 from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError
 
-ADAPTER_TYPES = ("lora", "dora", "qalora", "qbara", "qahira")
-POOLED = ("qalora", "qbara", "qahira")
-MERGED_POOLS = ("qalora", "qahira")
-"""Pooled adapters that become zero points: their pools are whole groups of the grid."""
-BASES = {"float": None, "w4": 4, "w3": 3, "w2": 2, "nf4": None}
-NF4_BLOCK = 64
+BASE_BITS = {"w4": 4, "w3": 3, "w2": 2}
+"""Of the bases on an affine grid."""
+NF4_BLOCK = NormalFloat.block_size
 ACTIVATIONS = (16, 8, 6, 4)
 OPTIMIZERS = ("adamw", "lora-plus", "lora-fa", "lora-rite")
 DEVICES = ("auto", "cpu", "cuda")
@@ -107,7 +106,7 @@ class Settings:
     @property
     def grid(self) -> Grid | None:
         """The affine grid of the frozen weights; None for floats and for NF4, whose levels are no grid."""
-        bits = BASES[self.base]
+        bits = BASE_BITS.get(self.base)
         return (
             None
             if bits is None
@@ -161,7 +160,7 @@ class Settings:
         choices: list[tuple[str, tuple[object, ...], type[RqcError]]] = [
             ("adapter_type", ADAPTER_TYPES, InputError),
             ("init", INITS, InputError),
-            ("base", tuple(BASES), SchemeError),
+            ("base", BASE_KINDS, SchemeError),
             ("group_size", GROUP_SIZES, SchemeError),
             ("clip", CLIPS, SchemeError),
             ("activations", ACTIVATIONS, SchemeError),
@@ -171,9 +170,7 @@ class Settings:
             ("dtype", DTYPES, InputError),
         ]
         for name, allowed, error in choices:
-            if getattr(self, name) not in allowed:
-                told = ", ".join(map(str, allowed))
-                raise error(f"{name} {getattr(self, name)!r} is not available here", hint=f"allowed: {told}")
+            one_of(name, getattr(self, name), allowed, error)
         Rotation(self.rotate, self.hadamard, self.rotation_seed)  # raises RotationError for unknown sites
 
     def _check_numbers(self) -> None:
@@ -280,12 +277,6 @@ class Settings:
             )
 
 
-def near_miss(name: str, known: list[str]) -> str:
-    """A hint: the known name that is meant, or all of them."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-
-
 def _default(name: str) -> Any:
     return next(each.default for each in fields(Settings) if each.name == name)
 
@@ -303,25 +294,16 @@ def _parse(name: str, value: Any) -> Any:
     if name == "target_modules":
         return _parse_names(value)
     if name in ("eval_data", "export_plain"):
-        return Path(_typed(name, value, (str, Path), "a path"))
+        return Path(typed(name, value, PATH))
     default = _default(name)
-    if isinstance(default, bool):
-        return _typed(name, value, (bool,), "true or false")
-    if isinstance(default, str):
-        return _typed(name, value, (str,), "text")
     if isinstance(default, float):
-        return float(_typed(name, value, (int, float), "a number"))
-    return _typed(name, value, (int,), "a whole number")
+        return float(typed(name, value, NUMBER))
+    return typed(name, value, type(default) if isinstance(default, (bool, str)) else int)
 
 
 def _parse_rotate(value: Any) -> frozenset[str]:
     """'none', 'r1,r4', or names in a list."""
-    if isinstance(value, str):
-        names = [name.strip() for name in value.split(",")]
-    elif isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value):
-        names = list(value)
-    else:
-        raise InputError(f"rotate is {value!r}", hint=f"none, or a list of {', '.join(SITES)}")
+    names = site_names(value, "none")
     if names == ["auto"]:
         raise RotationError("an adapter is trained in one basis, and auto names none", hint="--rotate r1,r4 or none")
     return Rotation.parse(names).sites
@@ -332,10 +314,3 @@ def _parse_names(value: Any) -> tuple[str, ...]:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name.strip() for name in names):
         raise InputError(f"target_modules is {value!r}", hint="names such as q_proj,v_proj")
     return tuple(dict.fromkeys(name.strip() for name in names))
-
-
-def _typed(name: str, value: Any, kinds: tuple[type, ...], words: str) -> Any:
-    """`value`, if it is of one of the kinds; True and False are no numbers."""
-    if isinstance(value, kinds) and (kinds == (bool,) or not isinstance(value, bool)):
-        return value
-    raise InputError(f"{name} is {value!r}", hint=f"{name} is {words}")

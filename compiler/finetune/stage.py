@@ -19,9 +19,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from rqc.compiler.finetune.grids import find_starts, grid_of, put_on_grid
-from rqc.compiler.finetune.settings import CHANGES_BASE, MERGED_POOLS, POOLED, Settings
+from rqc.compiler.finetune.settings import CHANGES_BASE, Settings
 from rqc.compiler.finetune.targets import Target, block_linears, chosen_targets
 from rqc.compiler.instruments import Progress
+from rqc.models.adapter_basis import MERGED_POOLS, POOLED
 from rqc.models.delta import Delta
 from rqc.models.experts import peft_sees_linears
 from rqc.models.fake_quant import round_inputs_ste, training_grids

@@ -1,0 +1,42 @@
+"""Values of options, as recipes and fine-tunes take them by name: what they may be, and what is told of others."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rqc.models.rotation import SITES
+from rqc.runtime.errors import InputError, RqcError
+
+PATH, NUMBER = (str, Path), (int, float)
+_WORDS = {str: "text", int: "a whole number", bool: "true or false", PATH: "a path", NUMBER: "a number"}
+
+
+def near_miss(name: str, known: Sequence[str]) -> str:
+    """A hint: the known name that is meant, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...], error: type[RqcError]) -> None:
+    """Raise `error` for a value that is not allowed."""
+    if value not in allowed:
+        raise error(f"{name} {value!r} is not available here", hint=f"allowed: {', '.join(map(str, allowed))}")
+
+
+def typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
+    """`value`, if it is of that kind; True and False are no numbers. Raises InputError."""
+    if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise InputError(f"{name} is {value!r}", hint=f"{name} is {_WORDS[kind]}")
+
+
+def site_names(value: Any, *words: str) -> list[str]:
+    """The names in "r1,r4" or in a list of them. words: what may stand there besides. Raises InputError."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",")]
+    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value):
+        return list(value)
+    raise InputError(f"rotate is {value!r}", hint=f"{', '.join(words)}, or a list of {', '.join(SITES)}")
