@@ -36,10 +36,17 @@ def ways_text(recipe: Recipe, merge: Merge) -> str:
     """The other ways that are open to these adapters, as flags."""
     if merge.names:
         return "giving it alone and without a name"
-    ways = [how for how in (FOLD, ZERO_POINT, BRANCH) if how != merge.how and obstacle(how, recipe, merge) is None]
-    return " or ".join(f"--merge {how}" for how in ways) or (
-        "training it anew" if len(merge.parts) == 1 else "giving each alone"
-    )
+    others = [how for how in (FOLD, ZERO_POINT, BRANCH) if how != merge.how]
+    ways = [f"--merge {how}" for how in others if obstacle(how, recipe, merge) is None]
+    if merge.how == FOLD:
+        ways += [f"giving {part.adapter.directory} first" for part in merge.parts if _helps_first(part, merge)]
+    return " or ".join(ways) or ("training it anew" if len(merge.parts) == 1 else "giving each alone")
+
+
+def _helps_first(part: AdapterPart, merge: Merge) -> bool:
+    """Whether adapters that cannot be folded in their order can with this one in front."""
+    rest = [one for one in merge.parts if one is not part]
+    return _out_of_order(merge) is not None and _out_of_order(replace(merge, parts=(part, *rest))) is None
 
 
 def obstacle(how: str, recipe: Recipe, merge: Merge) -> str | None:

@@ -6,7 +6,9 @@ What a directory holds beyond updates of linears is refused by name (`rqc.models
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from rqc.models.adapter_write import MARK, RESIDUAL_FILE, WEIGHTS_FILE, write_ad
 from rqc.models.algebra import Read, dimensions
 from rqc.models.delta import Delta
 from rqc.models.description import Description
-from rqc.runtime.errors import BasisMismatchError, InputError
+from rqc.runtime.errors import BasisMismatchError, InputError, RqcError
 
 __all__ = ["Adapter", "AdapterBasis", "write_adapter"]
 
@@ -51,13 +53,14 @@ class Adapter:
         path = Path(directory)
         if not path.is_dir():
             raise InputError(f"{path} is not an adapter directory", hint="give a directory with adapter_config.json")
-        config = AdapterConfig.read(path)
-        tensors, metadata = read_tensors(_weights(path))
-        basis = AdapterBasis.read(path)
-        _check_mark(path, basis, metadata.get(MARK))
-        tensors = without_tables(tensors, description, read)
-        deltas, compact = read_deltas(tensors, config, description)
-        residual = {} if basis is None or not basis.residual else read_residual(path / RESIDUAL_FILE, description)
+        with _named(path):
+            config = AdapterConfig.read(path)
+            tensors, metadata = read_tensors(_weights(path))
+            basis = AdapterBasis.read(path)
+            _check_mark(path, basis, metadata.get(MARK))
+            tensors = without_tables(tensors, description, read)
+            deltas, compact = read_deltas(tensors, config, description)
+            residual = {} if basis is None or not basis.residual else read_residual(path / RESIDUAL_FILE, description)
         kind = "dora" if config.dora else "qalora" if compact else "lora"
         return cls(path, kind if basis is None else basis.adapter_type, deltas, basis, residual, _fingerprint(path))
 
@@ -78,6 +81,17 @@ class Adapter:
                 f"rotation ({self.basis.rotation}, {self.basis.rotation.hadamard}, seed {self.basis.rotation.seed})",
                 hint="use the rqc that trained it, or train it again",
             )
+
+
+@contextlib.contextmanager
+def _named(directory: Path) -> Iterator[None]:
+    """Put the adapter's directory in front of errors that lack it: it may be one of several."""
+    try:
+        yield
+    except RqcError as error:
+        if error.message.startswith(str(directory)):
+            raise
+        raise type(error)(f"{directory}: {error.message}", hint=error.hint) from error
 
 
 def _weights(directory: Path) -> Path:

@@ -98,7 +98,7 @@ def test_a_dora_may_come_first_where_weights_are_folded(sites: str, tiny_model: 
     assert mean_kl(active(directory, [dora, lora]), engine_logits(tmp_path / "e.plan")) <= 1e-7
     with pytest.raises(SchemeError, match=r"dora is a DoRA.*has to be the first adapter.*lora comes before") as error:
         compile_engine(directory, tmp_path / "e.plan", adapter=[lora, dora], **options)
-    assert "giving each alone" in error.value.hint
+    assert error.value.hint == f"giving {dora} first"
     with pytest.raises(SchemeError, match=r"dora is a DoRA.*lora updates that too") as error:
         compile_engine(
             directory, tmp_path / "e.plan", adapter=[dora, lora], merge="branch", scheme="w4a16", rotate="none"
@@ -238,6 +238,23 @@ def test_the_second_adapter_of_another_base_is_refused(tiny_model: TinyModel, tm
     write_adapter(tmp_path / "two", random_deltas(mine), basis_of(other, "r1"))
     with pytest.raises(InputError, match="was trained on the base"):
         compile_engine(mine, tmp_path / "e.plan", adapter=[one, tmp_path / "two"])
+
+
+def test_two_doras_of_one_linear_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("llama-tied")
+    several = [save_peft(directory, tmp_path / str(seed), seed=seed, use_dora=True) for seed in range(2)]
+    with pytest.raises(SchemeError, match=r"1 is a DoRA.*has to be the first adapter") as error:
+        compile_engine(directory, tmp_path / "e.plan", adapter=several, scheme="fp32", rotate="none")
+    assert error.value.hint == "giving each alone"
+
+
+def test_the_one_that_cannot_be_read_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("llama16")
+    one = save_peft(directory, tmp_path / "one")
+    two = save_peft(tiny_model("llama16", num_hidden_layers=3), tmp_path / "two")
+    with pytest.raises(InputError) as error:
+        compile_engine(directory, tmp_path / "e.plan", adapter=[one, two])
+    assert error.value.message.startswith(f"{two}: the adapter has a part for 'model.layers.2.")
 
 
 # How they are named
