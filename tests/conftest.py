@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def skeletons() -> Iterator[None]:
+    """Let the importer build the graph of a config once per session: most of what a tiny import takes."""
+    from rqc.compiler import importer
+
+    build, built = importer._skeleton, {}
+
+    def once(config: Any) -> Any:
+        key = config.to_json_string(use_diff=False)
+        if key not in built:
+            built[key] = build(config)
+        return built[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importer, "_skeleton", once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, skeletons: None) -> Callable[..., Path]:
     """tiny_model(name, **config changes) → the directory of a tiny random model (tests/tiny.py), made once per
     session."""
     from tiny import save_tiny
