@@ -46,11 +46,13 @@ QUICK: dict[str, Any] = {
 }
 # Runs the fine-tunes that it reads, one JSON object a line, each in a fork of itself: imports take longer than they do.
 SERVER = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 import torch
 torch.set_num_threads(1)
+import transformers.models.llama.modeling_llama  # lazy otherwise: in every fork anew
 from rqc.compiler.finetune import train
 from rqc.compiler.finetune.run import finetune
+gc.freeze()
 
 PLACES = {
     "step": (train.AdapterTrainer, "training_step"),
