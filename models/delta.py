@@ -93,6 +93,15 @@ def composed(deltas: Sequence[Delta]) -> Delta:
     return Delta(a, np.concatenate([delta.scale * delta.b for delta in deltas], axis=1))
 
 
+def without(delta: Delta, removed: Delta | None) -> Delta:
+    """delta − removed (of a DoRA, inside the norm), as factors of the ranks' sum: (W − R) + D = W + (D − R)."""
+    if removed is None:
+        return delta
+    a = np.concatenate([delta.a, removed.a])
+    b = np.concatenate([delta.b, removed.b * (-removed.scale / delta.scale)], axis=1)
+    return Delta(a, b, delta.scale, delta.magnitude)
+
+
 def row_norms(w: Array) -> Array:
     """‖W‖ of each row: [out, in] -> [out]."""
     norms: Array = np.sqrt(np.einsum("oi,oi->o", w, w))

@@ -21,15 +21,14 @@ from rqc.compiler.finetune.checkpoints import DAY, TRAINING, Run, check_new
 from rqc.compiler.finetune.data import Examples, load_examples, read_training_tokenizer, split
 from rqc.compiler.finetune.report import FinetuneReport, log_of, memory_text, training_json
 from rqc.compiler.finetune.settings import Settings
-from rqc.compiler.finetune.stage import Stage, build_stage, without
+from rqc.compiler.finetune.stage import Stage, build_stage
 from rqc.compiler.finetune.train import AdapterTrainer, check_device, processes
 from rqc.compiler.instruments import Progress, Silent
 from rqc.models.adapter import Adapter, AdapterBasis, write_adapter
-from rqc.models.adapter_frames import to_plain
+from rqc.models.adapter_export import plain_deltas
 from rqc.models.adapter_names import torch_names
 from rqc.models.algebra import dimensions
 from rqc.models.checkpoint import Checkpoint
-from rqc.models.delta import Delta
 from rqc.models.description import Architecture, Description
 from rqc.models.json_files import read_object
 from rqc.models.reference import Reference
@@ -132,7 +131,8 @@ def _train(
     stage = build_stage(material.model, settings, progress)
     _tell(stage, settings, progress)
     if settings.export_plain is not None:  # refused now rather than after hours
-        _plain(stage.deltas(), stage.residuals, stage.reference.description, material, settings)
+        read = material.checkpoint.read
+        plain_deltas(stage.deltas(), stage.residuals, stage.reference.description, settings.rotation, read)
     with run.opened(identity, resume=resume) if first else contextlib.nullcontext():
         trainer = AdapterTrainer(stage, run, settings, (material.train, material.held_out), material.pad_id, progress)
         state = _run(trainer, run.latest() if resume else None, progress)
@@ -187,7 +187,7 @@ def _write(run: Run, stage: Stage, material: Material, settings: Settings, train
     options = _written_as(description, material, settings)
     write_adapter(run.output, stage.deltas(), basis, residual=stage.residuals, **options)
     if settings.export_plain is not None:
-        plain = _plain(stage.deltas(), stage.residuals, description, material, settings)
+        plain = plain_deltas(stage.deltas(), stage.residuals, description, rotation, material.checkpoint.read)
         write_adapter(settings.export_plain, plain, None, **options)
         run.describe(settings.export_plain, training)
     run.finish(training)
@@ -203,7 +203,7 @@ def _finished(run: Run, material: Material, settings: Settings, progress: Progre
     if first:
         description = Reference.load(material.model).description
         adapter = Adapter.open(run.output, description, material.checkpoint.read)
-        plain = _plain(adapter.deltas, adapter.residual, description, material, settings)
+        plain = plain_deltas(adapter.deltas, adapter.residual, description, settings.rotation, material.checkpoint.read)
         write_adapter(settings.export_plain, plain, None, **_written_as(description, material, settings))
         run.describe(settings.export_plain, training)
         progress.line(f"{run.output} is finished: exported to {settings.export_plain}")
@@ -214,22 +214,6 @@ def _written_as(description: Description, material: Material, settings: Settings
     """How `write_adapter` is to write an adapter of these settings."""
     named = {"torch_names": torch_names(description), "base_model": material.model.name}
     return {"rslora": settings.rslora, "dropout": settings.dropout, **named}
-
-
-def _plain(
-    deltas: Mapping[str, Delta],
-    residuals: Mapping[str, Delta],
-    description: Description,
-    material: Material,
-    settings: Settings,
-) -> dict[str, Delta]:
-    """An adapter in the model's own basis, for its float weights. Raises BasisMismatchError where there is none."""
-    found = {}
-    for name, delta in deltas.items():
-        residual = residuals.get(name)
-        whole = delta if residual is None else without(delta, residual)
-        found[name] = to_plain(name, whole, description, settings.rotation, material.checkpoint.read)
-    return found
 
 
 def _tell(stage: Stage, settings: Settings, progress: Progress) -> None:

@@ -23,7 +23,7 @@ from rqc.compiler.finetune.settings import CHANGES_BASE, Settings
 from rqc.compiler.finetune.targets import Target, block_linears, chosen_targets
 from rqc.compiler.instruments import Progress
 from rqc.models.adapter_basis import MERGED_POOLS, POOLED
-from rqc.models.delta import Delta
+from rqc.models.delta import Delta, without
 from rqc.models.experts import peft_sees_linears
 from rqc.models.fake_quant import round_inputs_ste, training_grids
 from rqc.models.grid_linear import GridLinear
@@ -63,9 +63,7 @@ class Stage:
         found: dict[str, Delta] = {}
         for target in self.targets:
             delta = delta_of(self.reference.model.get_submodule(target.path))
-            if (removed := self.removed.get(target.path)) is not None:
-                delta = without(delta, removed)
-            found |= _cut(target, delta)
+            found |= _cut(target, without(delta, self.removed.get(target.path)))
         return found
 
 
@@ -143,13 +141,6 @@ def _residuals(targets: Sequence[Target], starts: Mapping[str, LoftQ]) -> dict[s
         if start is not None and start.residual is not None:
             found |= _cut(target, start.residual)
     return found
-
-
-def without(delta: Delta, removed: Delta) -> Delta:
-    """delta − removed (of a DoRA, inside the norm), as factors of the ranks' sum: (W − R) + D = W + (D − R)."""
-    a = np.concatenate([delta.a, removed.a])
-    b = np.concatenate([delta.b, removed.b * (-removed.scale / delta.scale)], axis=1)
-    return Delta(a, b, delta.scale, delta.magnitude)
 
 
 def _cut(target: Target, delta: Delta) -> dict[str, Delta]:

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from rqc.models import adapter_write
 from rqc.models.adapter import Adapter, AdapterBasis, write_adapter
-from rqc.models.adapter_export import export_plain
+from rqc.models.adapter_export import plain_deltas
 from rqc.models.adapter_frames import to_frame
 from rqc.models.adapter_names import torch_names
-from rqc.models.algebra import dimensions
+from rqc.models.algebra import Read, dimensions
 from rqc.models.checkpoint import Checkpoint
 from rqc.models.delta import Delta
 from rqc.models.description import HEAD, Description
@@ -393,6 +393,14 @@ def test_a_damaged_basis_is_one_clear_line(change: str, rotated: Path, tiny_mode
 # --- back into the model's own basis
 
 
+def export(adapter: Path, description: Description, read: Read, directory: Path) -> None:
+    """Write an adapter in the model's own basis."""
+    opened = Adapter.open(adapter, description, read)
+    rotation = Rotation.parse("none") if opened.basis is None else opened.basis.rotation
+    plain = plain_deltas(opened.deltas, opened.residual, description, rotation, read)
+    write_adapter(directory, plain, None, torch_names=torch_names(description))
+
+
 @pytest.mark.parametrize("name", ["llama-bias", "phi3", "gemma", "qwen3"])
 def test_an_exported_adapter_is_the_trained_one_for_any_loader(
     name: str, tiny_model: TinyModel, tmp_path: Path
@@ -404,7 +412,7 @@ def test_an_exported_adapter_is_the_trained_one_for_any_loader(
     plain = random_deltas(description, "lora")
     framed = {name: to_frame(name, delta, description, basis.rotation, read) for name, delta in plain.items()}
     write_adapter(tmp_path / "framed", framed, basis, torch_names=torch_names(description))
-    export_plain(tmp_path / "framed", description, read, tmp_path / "plain")
+    export(tmp_path / "framed", description, read, tmp_path / "plain")
     assert not (tmp_path / "plain" / "rqc_basis.json").exists()
     same_function(peft_model(directory, tmp_path / "plain"), merged_into(directory, plain), 1e-5)
     rotated = Reference.load(directory)  # what was trained: the rotated model with its adapter
@@ -423,27 +431,29 @@ def test_an_exported_dora_and_one_that_has_no_counterpart(tiny_model: TinyModel,
     inputs = {name: delta for name, delta in deltas.items() if "o_proj" not in name and "down_proj" not in name}
     framed = {name: to_frame(name, delta, description, basis.rotation, read) for name, delta in inputs.items()}
     write_adapter(tmp_path / "framed", framed, basis, torch_names=torch_names(description))
-    export_plain(Adapter.open(tmp_path / "framed", description), description, read, tmp_path / "plain")
+    export(tmp_path / "framed", description, read, tmp_path / "plain")
     same_function(peft_model(directory, tmp_path / "plain"), merged_into(directory, inputs), 1e-5)
     write_adapter(tmp_path / "all", deltas, basis, torch_names=torch_names(description))
     with pytest.raises(BasisMismatchError, match=r"o_proj|down_proj"):
-        export_plain(tmp_path / "all", description, read, tmp_path / "none")
+        export(tmp_path / "all", description, read, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_a_loftq_adapter_is_not_exported(tiny_model: TinyModel, tmp_path: Path) -> None:
+def test_an_exported_loftq_adapter_gives_back_what_its_base_lacked(tiny_model: TinyModel, tmp_path: Path) -> None:
     directory = tiny_model("llama16")
-    reference = Reference.load(directory)
-    deltas = random_deltas(reference.description, "lora")
+    description, read = Reference.load(directory).description, Checkpoint.open(directory).read
+    deltas = random_deltas(description, "lora")
+    residual = {name: Delta(delta.a, delta.b[::-1].copy()) for name, delta in deltas.items()}
     basis = basis_of(directory, "none", residual=True, base_kind="w2", grid=Grid(2, 32))
-    write_adapter(tmp_path / "a", deltas, basis, residual=deltas)
-    with pytest.raises(BasisMismatchError, match="LoftQ"):
-        export_plain(tmp_path / "a", reference.description, reference.read, tmp_path / "plain")
+    write_adapter(tmp_path / "a", deltas, basis, residual=residual)
+    export(tmp_path / "a", description, read, tmp_path / "plain")
+    for name, delta in Adapter.open(tmp_path / "plain", description).deltas.items():
+        np.testing.assert_allclose(delta.dense(), deltas[name].dense() - residual[name].dense(), rtol=0, atol=1e-6)
 
 
 def test_exporting_a_plain_adapter_copies_it(tiny_model: TinyModel, tmp_path: Path) -> None:
     directory = tiny_model("llama16")
     reference = Reference.load(directory)
     source = save_peft(directory, tmp_path / "a", use_dora=True, use_rslora=True)
-    export_plain(source, reference.description, reference.read, tmp_path / "b")
+    export(source, reference.description, reference.read, tmp_path / "b")
     same_function(peft_model(directory, tmp_path / "b"), peft_model(directory, source), 1e-6)
