@@ -12,14 +12,13 @@ which is exact for any zr.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from rqc.models.delta import Delta
-from rqc.models.packing import F32, U8, Quantized, by_block
+from rqc.models.packing import F32, U8, Quantized
 from rqc.runtime.errors import InputError
 
 F64 = npt.NDArray[np.float64]
@@ -71,43 +70,6 @@ def merge_zero_points(quantized: Quantized, offset: F64) -> tuple[U8, F32]:
 def with_zero_points(quantized: Quantized, zero_points: U8) -> Quantized:
     """The same codes and scales around other zero points; what pads the last block stays, bit for bit."""
     return replace(quantized, zero_points=zero_points, padding=quantized.pad_codes())
-
-
-def block_sums(x: npt.NDArray[Any], block: int) -> npt.NDArray[Any]:
-    """P_g(x): sums of x [..., K] over blocks of inputs [..., G]."""
-    return np.concatenate([part.sum(axis=-1) for part, _ in by_block(x, block)], axis=-1)
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What a merge did to one weight: codes and scales that stayed, the range of the real zero points z′, and how far
-    s (q − zr) + corr is from s (q − z) + D, relative to its largest element (corr is rounded to float32 once)."""
-
-    codes_equal: bool
-    scales_equal: bool
-    lowest: float
-    highest: float
-    error: float
-
-    @property
-    def sound(self) -> bool:
-        """Whether nothing was lost."""
-        return self.codes_equal and self.scales_equal and self.error <= 1e-6
-
-
-def certify(before: Quantized, after: Quantized, correction: F32, offset: F64) -> Certificate:
-    """Compare a quantized weight with itself after a merge of `offset`; codes and scales bit by bit."""
-    moved = real_zero_points(before, offset)[before.scales != 0]
-    wanted = before.scales * -_zeros(before) + offset
-    found = after.scales * -_zeros(after) + correction
-    largest = np.abs(offset).max(initial=0.0) + (np.abs(before.scales) * _zeros(before)).max(initial=0.0)
-    return Certificate(
-        codes_equal=before.packed_codes().tobytes() == after.packed_codes().tobytes(),
-        scales_equal=before.scales.tobytes() == after.scales.tobytes(),
-        lowest=float(moved.min(initial=np.inf)),
-        highest=float(moved.max(initial=-np.inf)),
-        error=float(np.abs(found - wanted).max(initial=0.0) / max(largest, np.finfo(np.float64).tiny)),
-    )
 
 
 def _zeros(quantized: Quantized) -> F64:

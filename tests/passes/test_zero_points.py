@@ -20,12 +20,12 @@ from side_path_models import (
     with_magnitudes,
 )
 from tiny import MODELS, TinyModel
+from zero_point_proofs import certify
 
 from rqc.compiler.importer import import_model
 from rqc.compiler.probe import drift
 from rqc.models import quantized as lazy_quantized
 from rqc.models.grid import Grid
-from rqc.models.zero_points import certify
 from rqc.passes.base import LINEAR, OFFSET, SUMS
 from rqc.passes.branches import AddBranches
 from rqc.passes.pack import PackBlocks
