@@ -50,15 +50,19 @@ def check_presence(file: EngineFile, sources: Sequence[AdapterSource]) -> None:
         held = " and ".join(names or [one["fingerprint"][:12] for one in _each(recorded)])
         raise InputError(
             f"{file.path} holds the adapter {held}, none was given",
-            hint=f"--adapter {f'{names[0]}=' if names else ''}DIR: {'each' if len(_each(recorded)) > 1 else 'the'} one "
-            "that it was compiled with",
+            hint=f"{_options(names)}: {'each' if len(_each(recorded)) > 1 else 'the'} one that it was compiled with",
         )
     given = [source.name for source in sources if source.name is not None]
     if sorted(given) != sorted(names):
         raise InputError(
             f"{file.path} can switch {', '.join(names) or 'no adapter'}, given were {', '.join(given) or 'no names'}",
-            hint=" ".join(f"--adapter {name}=DIR" for name in names) or "--adapter DIR, without a name",
+            hint=_options(names) if names else "--adapter DIR, without a name",
         )
+
+
+def _options(names: Sequence[str]) -> str:
+    """The options that name an engine's adapters."""
+    return " ".join(f"--adapter {name}=DIR" for name in names) or "--adapter DIR"
 
 
 def _each(recorded: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -94,9 +98,10 @@ class Adapted:
             [adapter.fingerprint for adapter in adapters],
         )
         if sorted(wanted) != sorted(found):
+            name = "" if sources[0].name is None else f" as {sources[0].name}"
             raise InputError(
-                f"{file.path} holds the adapter {_listed(wanted)}, {_listed([source.path for source in sources])} is "
-                f"{_listed(found)}",
+                f"{file.path} holds the adapter {_listed(wanted)}{name}, "
+                f"{_listed([source.path for source in sources])} is {_listed(found)}",
                 hint="give the adapter that the engine was compiled with",
             )
         for adapter in adapters:

@@ -136,15 +136,19 @@ def verify_engine(
             if not windows:
                 raise InputError(f"the text has {len(ids)} tokens", hint="name a longer text")
 
-            def run(chosen: Sequence[AdapterSource], name: str | None = None) -> ParityReport:
-                reference = Reference.load(model_dir)
-                adapted = Adapted.open(file, model_dir, chosen, reference.description) if chosen else None
+            reference = Reference.load(model_dir)
+
+            def opened(chosen: Sequence[AdapterSource]) -> Adapted:
+                return Adapted.open(file, model_dir, chosen, reference.description)
+
+            def run(adapted: Adapted | None, name: str | None = None) -> ParityReport:
                 return _Verification(file, loaded, reference, scheme, windows, gates or {}, adapted, name).run(tokens)
 
             if not loaded.adapters:
-                return run(sources)
-            each = {str(source.name): run([source], source.name) for source in sources}
-            return ParityReport.of_each({RESERVED[0]: run([]), **each})
+                return run(opened(sources) if sources else None)
+            switched = {str(source.name): opened([source]) for source in sources}  # all, before one is compared
+            each = {name: run(adapted, name) for name, adapted in switched.items()}
+            return ParityReport.of_each({RESERVED[0]: run(None), **each})  # that of the model alone changes `reference`
 
 
 @dataclass
