@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,19 @@ class Part:
     outputs: tuple[str, ...]
 
 
-def partition(model: ir.Model) -> list[Part]:
-    """The embedding part, one part per decoder layer, and the part of final norm and head."""
+def partition(model: ir.Model, watched: Collection[str] = ()) -> list[Part]:
+    """The embedding part, one part per decoder layer, and the part of final norm and head.
+
+    watched: values that a part gives out besides.
+    """
     stages = _stages(model)
     last = max(stages.values())
     inputs: dict[int, dict[str, None]] = {stage: {} for stage in range(-1, last + 1)}
     outputs: dict[int, dict[str, None]] = {stage: {} for stage in range(-1, last + 1)}
     for node, stage in stages.items():
+        for output in node.outputs:
+            if output.name in watched:
+                outputs[stage][output.name or ""] = None
         for value in node.inputs:
             if value is None or value.is_initializer():
                 continue
@@ -84,13 +90,14 @@ def _stages(model: ir.Model) -> dict[ir.Node, int]:
 
 
 def run_parts(
-    model: ir.Model, token_ids: NDArray[np.int64], *, threads: int = 0
+    model: ir.Model, token_ids: NDArray[np.int64], *, threads: int = 0, watched: Collection[str] = ()
 ) -> Iterator[tuple[Part, dict[str, Array]]]:
-    """Run [batch, sequence] token ids part by part; yields every part with all values that later parts read.
+    """Run [batch, sequence] token ids part by part; yields every part with all values that later parts read, and the
+    watched ones of its own.
 
     The head's logits come [batch, sequence, vocab] in slices of positions: that part is yielded once per slice.
     """
-    parts = partition(model)
+    parts = partition(model, watched)
     known: dict[str, Array] = {
         value.name or "": feed(
             value.name or "", [d if isinstance(d, int) else None for d in value.shape or ()], token_ids
@@ -101,10 +108,11 @@ def run_parts(
         session = _session(model, part, known, threads)
         if index < len(parts) - 1:
             results = session.run(list(part.outputs), {name: known[name] for name in part.inputs})
-            known.update(zip(part.outputs, results, strict=True))
+            made = dict(zip(part.outputs, results, strict=True))
+            known.update(made)
             needed = {name for later in parts[index + 1 :] for name in later.inputs}
             known = {name: value for name, value in known.items() if name in needed}
-            yield part, known
+            yield part, known | {name: value for name, value in made.items() if name in watched}
             continue
         for start in range(0, token_ids.shape[1], POSITIONS_AT_ONCE):
             piece = {name: known[name][:, start : start + POSITIONS_AT_ONCE] for name in part.inputs}

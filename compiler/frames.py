@@ -9,18 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rqc.compiler.calibrate import perplexity
+from rqc.compiler.calibration_text import calibration_ids
 from rqc.compiler.importer import Imported, import_model
-from rqc.compiler.instruments import Progress
+from rqc.compiler.instruments import Progress, Silent
 from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import frame, grids
+from rqc.compiler.ranges import ranges_on_text
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import block_bytes, resident_bytes
-from rqc.compiler.targets.onnx import activations, packing
-from rqc.compiler.text import calibration_text, read_text, read_tokenizer, windows
+from rqc.compiler.targets import onnx, tensorrt
 from rqc.models.rotation import Rotation
-from rqc.passes.cleanup import RemoveDeadParts
-from rqc.passes.transpose import TransposeInKernel
-from rqc.runtime.errors import CheckpointError
 
 TOKENS = 2048
 MARGIN = 1.01
@@ -44,7 +42,7 @@ def choose_frame(
     if not recipe.scheme.quantized:
         progress.line("rotate auto: none, nothing is quantized")
         return none, _said(none, None)
-    ids = calibration_ids(recipe, imported) if measure else None
+    ids = calibration_ids(recipe, imported, TOKENS) if measure else None
     obstacle = _obstacle(recipe, imported, measure, ids)
     if ids is None or obstacle:
         chosen = rotated if recipe.scheme.activation_bits <= COARSE_ACTIVATIONS else none
@@ -76,28 +74,12 @@ def _score(
     fresh = import_model(imported.checkpoint.directory)
     steps = [*frame(recipe, fresh.description, rotation, merge), *grids(recipe, fresh.description)]
     steps += [] if merge is None or merge.names else merge.after_grid(rotation)
-    packed = [*packing(recipe, fresh.description), TransposeInKernel(), RemoveDeadParts()]
-    for step in [*steps, *packed, *activations(recipe)]:
+    target = onnx if recipe.target == "onnx" else tensorrt
+    measure = ranges_on_text(recipe, fresh, Silent())
+    packed = [*target.packing(recipe, fresh.description, measure), *target.by_blocks()]
+    for step in [*steps, *packed, *target.activations(recipe)]:
         step(fresh.model)
     return float(f"{perplexity(fresh.model, ids):.4g}")
-
-
-def calibration_ids(recipe: Recipe, imported: Imported, tokens: int = TOKENS) -> NDArray[np.int64] | None:
-    """At most `tokens` token ids of the calibration text as windows [count, length]; None without a tokenizer."""
-    tokenizer = read_tokenizer(imported.checkpoint.directory)
-    if tokenizer is None:
-        return None
-    text = calibration_text() if recipe.calibration is None else read_text(recipe.calibration)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    vocabulary = imported.description.architecture.vocab_size
-    if max(ids, default=0) >= vocabulary:
-        raise CheckpointError(
-            f"{imported.checkpoint.directory}: tokenizer.json gives token {max(ids)}, the vocabulary has {vocabulary}",
-            hint="tokenizer and weights are of different models; download both again",
-        )
-    length = min(recipe.calibration_length, imported.description.architecture.context_length, tokens)
-    cut = windows(ids, length, max(1, min(recipe.calibration_samples, tokens // length)))
-    return np.asarray(cut, np.int64)
 
 
 def _obstacle(recipe: Recipe, imported: Imported, measure: bool, ids: NDArray[np.int64] | None) -> str:

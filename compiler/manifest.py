@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from rqc.compiler.importer import Imported
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.targets.tensorrt import has_static_activations
 from rqc.compiler.text import read_tokenizer
 from rqc.compiler.tokenizer_files import (
     TOKENIZER_FILES,
@@ -54,9 +55,11 @@ def manifest_of(
     widths = table_widths(recipe, a)
     return {
         "target": recipe.target,
+        **({} if recipe.dtype is None else {"dtype": recipe.dtype}),
         "scheme": recipe.scheme.name,
         "group_size": recipe.group_size,
         "symmetric": recipe.symmetric,
+        **({"positive_scales": True} if recipe.positive else {}),
         "clip": recipe.clip,
         "method": recipe.method,
         "rotation": {
@@ -90,6 +93,8 @@ def manifest_of(
 def activation_grid(recipe: Recipe) -> str:
     """The grid on which activations lie, in the words of `inspect`; PyTorch's reference reproduces it."""
     bits = recipe.scheme.activation_bits
+    if recipe.target != "onnx":
+        return _tensorrt_grid(recipe)
     if bits == 8:
         return "int8 per token and weight block, by the kernel (MatMulNBits accuracy_level 4)"
     if recipe.scheme.quantizes_activations:
@@ -97,16 +102,26 @@ def activation_grid(recipe: Recipe) -> str:
     return "float32"
 
 
+def _tensorrt_grid(recipe: Recipe) -> str:
+    if has_static_activations(recipe):
+        return "int8 per tensor, static scales from the calibration text"
+    if recipe.scheme.quantizes_activations:
+        return f"{recipe.scheme.activation_bits}-bit per token, symmetric, quantize-dequantize in float32"
+    return {"fp16": "float16", "bf16": "bfloat16"}.get(recipe.dtype or "", "float32")
+
+
 def graph_facts(model: ir.Model, imported: Imported) -> dict[str, Any]:
     """How the runtime must drive the graph."""
     a = imported.description.architecture
-    shared = any(node.op_type == "GroupQueryAttention" for node in model.graph)
+    shared = any(node.op_type in ("GroupQueryAttention", "TensorScatter") for node in model.graph)
+    caches = (value for value in model.graph.inputs if (value.name or "").startswith("past_key_values."))
+    cache_type = next((value.dtype for value in caches if value.dtype is not None), ir.DataType.FLOAT)
     return {
         "cache": "shared" if shared else "concat",
         "layers": a.layers,
         "kv_heads": a.kv_heads,
         "head_dim": a.head_dim,
-        "cache_dtype": "float32",
+        "cache_dtype": cache_type.numpy().name,
         "vocab_size": a.vocab_size,
     }
 
@@ -159,7 +174,9 @@ def _beside(node: ir.Node) -> dict[str, Any] | None:
 def _form(node: ir.Node, value: ir.Value | None) -> dict[str, Any] | None:
     """How the weight behind an input is stored, or None if there is none; a cast in between is looked through."""
     producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "Cast":
+    if producer is not None and producer.op_type == "Transpose" and LINEAR in node.metadata_props:
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    if producer is not None and producer.op_type in ("Cast", "DequantizeLinear"):
         value = producer.inputs[0]
     if value is None or value.const_value is None:
         return None
@@ -168,10 +185,10 @@ def _form(node: ir.Node, value: ir.Value | None) -> dict[str, Any] | None:
         return {"bits": value.const_value.dtype.bitwidth, "shape": list(weight.shape)}
     if not isinstance(quantized, LazyQuantized):
         return None
-    level = node.attributes.get("accuracy_level")
+    level, stored = node.attributes.get("accuracy_level"), node.attributes.get("bits")
     return {
         "bits": quantized.grid.bits,
-        "storage_bits": node.attributes["bits"].as_int(),
+        "storage_bits": stored.as_int() if stored is not None else value.const_value.dtype.bitwidth,
         "group_size": quantized.grid.group_size,
         "block_size": quantized.block,
         "symmetric": quantized.grid.symmetric,

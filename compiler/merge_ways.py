@@ -74,7 +74,7 @@ def _beside(how: str, part: AdapterPart, recipe: Recipe, merge: Merge) -> str | 
         return f"--scheme {recipe.scheme} has no zero points"
     if turned:
         return "a pooled adapter cannot be carried into a rotated basis (--rotate none keeps its own)"
-    grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip)
+    grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip, recipe.positive)
     for name, delta in part.deltas.items():
         if merge.is_beside(name) and delta.pooled(block := grid.block(delta.a.shape[1])) is None:
             return f"the adapter of {name} is not constant in blocks of {block} inputs"

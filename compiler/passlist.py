@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rqc.compiler.merge import Merge
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.targets.onnx import activations, lowering, packing
-from rqc.compiler.widths import table_widths
+from rqc.compiler.targets import onnx, tensorrt
+from rqc.compiler.widths import table_grid_of, table_widths
 from rqc.models.description import Description
 from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
@@ -13,21 +13,29 @@ from rqc.passes.base import Pass
 from rqc.passes.norms import FuseNormGains
 from rqc.passes.quantize import QuantizeLinears
 from rqc.passes.rotate import Rotate
-from rqc.passes.tables import QuantizeTables, table_grid
+from rqc.passes.static_activations import Measure
+from rqc.passes.tables import QuantizeTables
 from rqc.passes.ties import Untie
 
 
-def passes_of(recipe: Recipe, description: Description, rotation: Rotation, merge: Merge | None = None) -> list[Pass]:
+def passes_of(
+    recipe: Recipe,
+    description: Description,
+    rotation: Rotation,
+    merge: Merge | None = None,
+    measure: Measure | None = None,
+) -> list[Pass]:
     """THE list: exact folds with their online halves, the lossy grid, the adapter where it belongs, the kernels' form,
-    the target's fusions, activations."""
+    the target's fusions, activations. measure: how ranges of activations are found, where a scheme has static ones."""
+    target = onnx if recipe.target == "onnx" else tensorrt
     return [
         *frame(recipe, description, rotation, merge),
         *grids(recipe, description),
         *([] if merge is None else merge.after_grid(rotation)),
-        *packing(recipe, description),
+        *target.packing(recipe, description, measure),
         *([] if merge is None else merge.after_packing()),
-        *lowering(),
-        *activations(recipe),
+        *target.lowering(recipe),
+        *target.activations(recipe),
     ]
 
 
@@ -49,8 +57,7 @@ def grids(recipe: Recipe, description: Description) -> list[Pass]:
         return []
     a = description.architecture
     embedding, head = (
-        table_grid(bits, a.hidden_size, recipe.group_size, recipe.symmetric, recipe.clip) if bits < 16 else None
-        for bits in table_widths(recipe, a).values()
+        table_grid_of(recipe, bits, a.hidden_size) if bits < 16 else None for bits in table_widths(recipe, a).values()
     )
-    grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip)
+    grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip, recipe.positive)
     return [QuantizeLinears(description, grid), QuantizeTables(embedding, head)]

@@ -18,8 +18,10 @@ from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
 from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.plan import EngineSummary, check_target, write_engine
+from rqc.compiler.ranges import ranges_on_text, unmeasured
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import Estimate, check_memory, estimate
+from rqc.compiler.targets.settle import settled
 from rqc.compiler.text import read_text
 from rqc.models.quantized import forget
 from rqc.models.rotation import Rotation
@@ -82,9 +84,11 @@ def compile_model(
     imported = import_model(model_dir)
     manifests.check_files(imported)
     recipe, merge = open_adapter(recipe, imported, instruments.progress)
+    recipe = settled(recipe, imported.description.architecture, merge)
     rotation, verdict = _rotation(recipe, imported, instruments.progress, merge, measure=not dry_run)
     model, description = imported.model, imported.description
-    instruments.run(model, passes_of(recipe, description, rotation, merge))
+    measure = unmeasured if dry_run else ranges_on_text(recipe, imported, instruments.progress)
+    instruments.run(model, passes_of(recipe, description, rotation, merge, measure))
     estimated = estimate(model, manifests.parameter_count(imported), manifests.companion_bytes(imported))
     check_memory(estimated, recipe.max_memory)
     summary = survival = None

@@ -16,10 +16,13 @@ from typing import Any, Literal
 from rqc.compiler.adapter_sources import AdapterSource, parse_sources
 from rqc.compiler.option_values import NUMBER, PATH, near_miss, one_of, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
+from rqc.compiler.targets.capabilities import parse_sms
+from rqc.compiler.targets.profiles import Profile
 from rqc.models.rotation import KINDS, SITES, Rotation
 from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError, TargetError
 
-TARGETS = ("onnx",)
+TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
+DTYPES = ("fp16", "bf16", "fp32")
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 TABLE_BITS = (4, 8, 16, 32)
 METHODS = ("rtn",)
@@ -59,6 +62,11 @@ class Recipe:
     adapter: tuple[AdapterSource, ...] = ()
     merge: str = "auto"
     min_survival: float = 0.5
+    dtype: str | None = None
+    sm: tuple[int, ...] = ()
+    profile: Profile | None = None
+    portable: bool = False
+    positive: bool = field(default=False, compare=False, repr=False)
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +77,8 @@ class Recipe:
         one_of("tied", self.tied, TIED, SchemeError)
         one_of("hadamard", self.hadamard, KINDS, RotationError)
         one_of("merge", self.merge, MERGES, SchemeError)
+        if self.dtype is not None:
+            one_of("dtype", self.dtype, DTYPES, SchemeError)
         if not -math.inf < self.min_survival <= 1:
             raise InputError(f"min_survival is {self.min_survival}", hint="a share up to 1, such as 0.5")
         if not self.adapter and (self.merge, self.min_survival) != ("auto", 0.5):
@@ -127,6 +137,8 @@ class Recipe:
         rotate = "auto" if self.rotate == "auto" else ",".join(sorted(self.rotate)) or "none"
         return {
             **{name: value for name, value in plain.items() if value is not None and value != ()},
+            **({} if self.profile is None else {"profile": str(self.profile)}),
+            **({"sm": list(self.sm)} if self.sm else {}),
             "scheme": self.scheme.name,
             "rotate": rotate,
             **({} if self.calibration is None else {"calibration": str(self.calibration)}),
@@ -171,8 +183,8 @@ class Recipe:
 
 
 def option_names() -> list[str]:
-    """The names of all options: the fields of a recipe but the record of which were given."""
-    return [field.name for field in fields(Recipe) if field.name != "given"]
+    """The names of all options: the fields of a recipe but what is derived."""
+    return [field.name for field in fields(Recipe) if field.name not in ("given", "positive")]
 
 
 def parse_size(text: str) -> int:
@@ -200,11 +212,15 @@ def _parse(name: str, value: Any) -> Any:
         return Path(typed(name, value, PATH))
     if name == "adapter":
         return parse_sources(value)
-    if name == "symmetric":
+    if name == "profile":
+        return value if isinstance(value, Profile) else Profile.parse(typed(name, value, str))
+    if name == "sm":
+        return parse_sms(value)
+    if name in ("symmetric", "portable"):
         return typed(name, value, bool)
     if name == "min_survival":
         return float(typed(name, value, NUMBER))
-    texts = ("target", "clip", "method", "hadamard", "tied", "merge")
+    texts = ("target", "clip", "method", "hadamard", "tied", "merge", "dtype")
     return typed(name, value, str if name in texts else int)
 
 

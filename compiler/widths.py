@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rqc.compiler.recipe import Recipe
 from rqc.models.description import EMBEDDING, HEAD, Architecture
+from rqc.models.grid import Grid
 from rqc.passes.tables import table_grid
 from rqc.runtime.errors import SchemeError
+
+
+def _float_widths(recipe: Recipe) -> tuple[int, ...]:
+    """Bits of floats that a table can be stored in: on TensorRT the type of all floats, no other."""
+    if recipe.target != "onnx":
+        return (32,) if recipe.dtype == "fp32" else (16,)
+    return (32,) if recipe.scheme.name == "fp32" else (16, 32)
+
+
+def table_grid_of(recipe: Recipe, bits: int, hidden_size: int) -> Grid | None:
+    """The grid of an embedding or head of that many bits, None where no block divides the hidden size.
+
+    TensorRT's are symmetric with positive scales; 8 bits have one scale per row there.
+    """
+    if recipe.target == "onnx":
+        return table_grid(bits, hidden_size, recipe.group_size, recipe.symmetric, recipe.clip)
+    if bits == 8:
+        return Grid(8, -1, True, "mse" if recipe.clip == "mse" else "none", positive=True)
+    found = table_grid(bits, hidden_size, recipe.group_size, True, recipe.clip)
+    return None if found is None else replace(found, positive=True)
 
 
 def table_widths(recipe: Recipe, architecture: Architecture) -> dict[str, int]:
@@ -16,7 +39,7 @@ def table_widths(recipe: Recipe, architecture: Architecture) -> dict[str, int]:
     """
     asked = (recipe.embedding_bits, recipe.head_bits)
     widths = dict(zip((EMBEDDING, HEAD), recipe.table_bits(tied=architecture.tied), strict=True))
-    possible = (4, 8, 16, 32) if recipe.scheme.quantized else (16, 32)[recipe.scheme.float_type == "float32" :]
+    possible = (*((4, 8) if recipe.scheme.quantized else ()), *_float_widths(recipe))
     for bits in widths.values():
         if bits not in possible:
             raise SchemeError(
@@ -24,7 +47,7 @@ def table_widths(recipe: Recipe, architecture: Architecture) -> dict[str, int]:
                 hint=f"this scheme stores them in {' or '.join(map(str, possible))} bits",
             )
     hidden = architecture.hidden_size
-    if table_grid(8, hidden, recipe.group_size, recipe.symmetric, recipe.clip) is not None:
+    if table_grid_of(recipe, 8, hidden) is not None:
         return widths
     if any(bits is not None and bits < 16 for bits in asked):
         raise SchemeError(

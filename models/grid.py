@@ -6,6 +6,7 @@ bit for bit, all arithmetic in float32:
 
 * symmetric: s = e / -2^(b-1), where e is the block's element of largest magnitude, *with its sign* (the negative one of
   a pair of equal magnitude), so that e lies exactly on the lowest code; s may be negative. z = 2^(storage-1).
+* symmetric, positive scales (what TensorRT reads): s = max(max(w, 0) / (2^(b-1) - 1), -min(w, 0) / 2^(b-1)).
 * asymmetric: s = (max(w, 0) - min(w, 0)) / (2^b - 1), z = round(-min / s).
 * code = round(w * (1/s) + z), halves away from zero, clamped. A block of zeros has s = 0 and codes z.
 
@@ -48,12 +49,16 @@ _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 
 @dataclass(frozen=True)
 class Grid:
-    """How a weight is quantized: `bits` per code, one scale per `group_size` inputs (-1: per output channel)."""
+    """How a weight is quantized: `bits` per code, one scale per `group_size` inputs (-1: per output channel).
+
+    positive: no scale of a symmetric grid is negative.
+    """
 
     bits: int
     group_size: int
     symmetric: bool = True
     clip: Literal["none", "mse"] = "none"
+    positive: bool = False
 
     def __post_init__(self) -> None:
         """Raises SchemeError for a width, group size or clip that no kernel reads."""
@@ -69,6 +74,11 @@ class Grid:
     def storage_bits(self) -> int:
         """Bits that a code takes in the file."""
         return STORAGE_BITS[self.bits]
+
+    @property
+    def signed_scales(self) -> bool:
+        """Whether scales may be negative."""
+        return self.symmetric and not self.positive
 
     @property
     def center(self) -> int:
@@ -179,7 +189,10 @@ def _range(blocks: _Blocks, grid: Grid) -> tuple[F32, F32]:
     """Scales and zero points that cover the range of every block."""
     low = blocks.w.min(axis=blocks.axis, keepdims=True)
     high = blocks.w.max(axis=blocks.axis, keepdims=True)
-    if grid.symmetric:
+    if grid.symmetric and grid.positive:
+        half = 1 << (grid.bits - 1)
+        scale = np.maximum(np.maximum(high, 0) / np.float32(half - 1), np.minimum(low, 0) / np.float32(-half))
+    elif grid.symmetric:
         extreme = np.where(np.abs(high) > np.abs(low), high, low)
         scale = extreme / np.float32(-(1 << (grid.bits - 1)))
     else:
@@ -188,7 +201,7 @@ def _range(blocks: _Blocks, grid: Grid) -> tuple[F32, F32]:
     if not np.isfinite(scale).all():
         raise CheckpointError("a weight is not finite (NaN, infinity or beyond float32)", hint="repair the checkpoint")
     # The reciprocal of a subnormal scale overflows: such a block is zero (a negative one where ONNX Runtime's is).
-    scale[np.abs(scale) < np.finfo(np.float32).tiny] = -0.0 if grid.symmetric else 0.0
+    scale[np.abs(scale) < np.finfo(np.float32).tiny] = -0.0 if grid.signed_scales else 0.0
     zero = np.full_like(scale, grid.center)
     if not grid.symmetric:
         ratio = np.divide(-low, scale, out=np.zeros_like(low), where=scale != 0)

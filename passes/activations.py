@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
 from rqc.models.description import HEAD
-from rqc.passes.base import LINEAR, Pass, initializer, insert_before, linears
-from rqc.passes.side_paths import readers
+from rqc.passes.base import PADDED, Pass, initializer, linears
+from rqc.passes.build import Builder
+from rqc.passes.side_paths import codes_of, readers
 
 
 class QuantizeActivations(Pass):
@@ -33,13 +36,14 @@ class QuantizeActivations(Pass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         done: dict[ir.Value, ir.Value] = {}
         rounding: dict[ir.Value, set[str]] = {}
-        for name, node in linears(model):
-            source = node.inputs[0]
-            if node.op_type != "MatMulNBits" or name == HEAD or source is None or source.metadata_props.get("rqc.grid"):
+        for name, node in rounded_linears(model):
+            reader = _reader(node)
+            source = reader.inputs[0]
+            if source is None or source.metadata_props.get("rqc.grid"):
                 continue
             if source not in done:
-                done[source] = self._quantize(model, node, source)
-            node.replace_input_with(0, done[source])
+                done[source] = self._quantize(model, reader, name, source)
+            reader.replace_input_with(0, done[source])
             rounding.setdefault(source, set()).update(name.split("+"))
         beside = [(node, source) for source, names in rounding.items() for node in readers(source, names)]
         for node, source in beside:
@@ -48,23 +52,32 @@ class QuantizeActivations(Pass):
             model.graph.sort()  # stable: a side path may begin in front of its linear
         return ir.passes.PassResult(model, modified=bool(done))
 
-    def _quantize(self, model: ir.Model, anchor: ir.Node, x: ir.Value) -> ir.Value:
-        scope = f"{anchor.metadata_props[LINEAR].removesuffix('.weight')}/activation"
-        nodes: list[ir.Node] = []
-
-        def op(kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-            node = ir.node(kind, list(inputs), attributes=attributes, name=f"{scope}/{kind}_{len(nodes)}")
-            node.outputs[0].name, node.outputs[0].type = f"{scope}.{len(nodes)}", ir.TensorType(ir.DataType.FLOAT)
-            nodes.append(node)
-            return node.outputs[0]
-
+    def _quantize(self, model: ir.Model, anchor: ir.Node, name: str, x: ir.Value) -> ir.Value:
+        build = Builder(anchor, f"{name.removesuffix('.weight')}/activation")
+        kind, source = x.dtype or ir.DataType.FLOAT, x
+        if kind != ir.DataType.FLOAT:  # codes of half a step are halves of a code in half precision
+            x = build.op("Cast", x, to=ir.DataType.FLOAT.value)
         limit = initializer(model, f"rqc.limit.{self.limit:g}", np.float32(self.limit))
         lowest = initializer(model, "rqc.tiny", np.float32(np.finfo(np.float32).tiny))
         last = initializer(model, "rqc.last_axis", np.asarray([-1], np.int64))
-        absmax = op("ReduceMax", op("Abs", x), last, keepdims=1)
-        scale = op("Max", op("Div", absmax, limit), lowest)
-        grid = op("Mul", op("Round", op("Div", x, scale)), scale)
+        absmax = build.op("ReduceMax", build.op("Abs", x), last, keepdims=1)
+        scale = build.op("Max", build.op("Div", absmax, limit), lowest)
+        grid = build.op("Mul", build.op("Round", build.op("Div", x, scale)), scale)
+        if kind != ir.DataType.FLOAT:
+            grid = build.op("Cast", grid, dtype=kind, to=kind.value)
         grid.metadata_props["rqc.grid"] = f"per token, {self.limit:g}"
-        grid.shape = x.shape
-        insert_before(anchor, nodes)
+        grid.shape = source.shape
         return grid
+
+
+def rounded_linears(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+    """(name, node) of every linear whose input is rounded: the quantized ones, but not the head."""
+    for name, node in linears(model):
+        if name != HEAD and (node.op_type == "MatMulNBits" or codes_of(node) is not None):
+            yield name, node
+
+
+def _reader(node: ir.Node) -> ir.Node:
+    """The node that reads x itself: a linear, or the Pad in front of it."""
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return producer if producer is not None and PADDED in producer.metadata_props else node

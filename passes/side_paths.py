@@ -58,17 +58,23 @@ def dequantize_of(node: ir.Node) -> ir.Node | None:
 
     Raises SchemeError if something else reads that weight too: it is a tied table.
     """
+    producer = codes_of(node)
+    if producer is not None and len(list(producer.outputs[0].uses())) > 1:
+        raise SchemeError(
+            f"{producer.metadata_props[QUANTIZED]} is embedding and head at once, and an adapter is for one of them",
+            hint="--tied untie",
+        )
+    return producer
+
+
+def codes_of(node: ir.Node) -> ir.Node | None:
+    """The DequantizeLinear behind a linear's weight, whoever else reads it; None where that is stored as floats."""
     weight = node.inputs[1]
     transpose = weight.producer() if weight is not None else None
     stored = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else weight
     producer = stored.producer() if stored is not None else None
     if producer is None or producer.op_type != "DequantizeLinear" or QUANTIZED not in producer.metadata_props:
         return None
-    if len(list(producer.outputs[0].uses())) > 1:
-        raise SchemeError(
-            f"{producer.metadata_props[QUANTIZED]} is embedding and head at once, and an adapter is for one of them",
-            hint="--tied untie",
-        )
     return producer
 
 

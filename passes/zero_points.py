@@ -37,16 +37,16 @@ class MergeZeroPoints(AdapterPass):
                 continue
             merged = updated(name, base, update)
             quantize_again(model, dequantize, merged)
-            _correct(model, node, name, merged)
+            correct(model, node, name, merged, offset_tensor(model, f"{name}.correction", merged))
             modified = True
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _correct(model: ir.Model, node: ir.Node, name: str, merged: LazyQuantized) -> None:
+def correct(model: ir.Model, node: ir.Node, name: str, merged: LazyQuantized, factor: ir.Value) -> None:
+    """y ← y + P_g(x) factor, factor [G, N], behind a linear whose weight is `merged`."""
     x = node.inputs[0]
     assert x is not None
     sums = _sums(model, node, x, name, merged)
-    factor = offset_tensor(model, f"{name}.correction", merged)
     scope = f"{name.removesuffix('.weight')}/correction"
     correction = product(sums, factor, scope, OFFSET, name)
     join(node, [correction], correction.outputs[0], scope)

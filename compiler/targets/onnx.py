@@ -18,10 +18,11 @@ from rqc.passes.pack_projections import PackProjections
 from rqc.passes.pack_side_paths import PackSidePaths
 from rqc.passes.positions import SelectPositions
 from rqc.passes.skip_norm import FuseSkipNorm
+from rqc.passes.static_activations import Measure
 from rqc.passes.transpose import TransposeInKernel
 
 
-def packing(recipe: Recipe, description: Description) -> list[Pass]:
+def packing(recipe: Recipe, description: Description, measure: Measure | None = None) -> list[Pass]:
     """From DequantizeLinear to the kernels' own form, floats to the width asked for. Float accumulation reads 8-bit
     codes as nibble planes. An adapter's side paths are packed with the linears that they run beside."""
     widths = table_widths(recipe, description.architecture)
@@ -34,7 +35,12 @@ def packing(recipe: Recipe, description: Description) -> list[Pass]:
     return [PackBlocks(), PackProjections(description), *sides, *planes, *floats]
 
 
-def lowering() -> list[Pass]:
+def by_blocks() -> list[Pass]:
+    """What of the lowering a graph needs to be run block by block."""
+    return [TransposeInKernel(), RemoveDeadParts()]
+
+
+def lowering(recipe: Recipe) -> list[Pass]:
     """Fusions for the runtime; each is exact."""
     return [
         TransposeInKernel(),

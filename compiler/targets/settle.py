@@ -1,0 +1,72 @@
+"""A recipe on its target: what the target wants by default, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rqc.compiler.merge import Merge
+from rqc.compiler.recipe import Recipe
+from rqc.compiler.targets.capabilities import checked_sms
+from rqc.models.description import Architecture
+from rqc.models.grid import STORAGE_BITS
+from rqc.runtime.errors import InputError, SchemeError
+
+TYPES = {"fp32": ("fp32",), "fp16": ("fp16",)}
+"""Float types of the schemes that are named by one."""
+
+
+def settled(recipe: Recipe, architecture: Architecture, merge: Merge | None) -> Recipe:
+    """The recipe with its target's defaults for what was left open.
+
+    On TensorRT floats are fp16, scales positive (unless an adapter was trained on another grid), and 8-bit codes have
+    one scale per channel. Raises TargetError, SchemeError or InputError for what the target does not run.
+    """
+    if recipe.target == "onnx":
+        _refuse_tensorrt_options(recipe)
+        return recipe
+    profile = recipe.profile
+    if profile is not None:
+        profile.check(architecture.context_length)
+    return replace(
+        recipe,
+        dtype=_dtype(recipe),
+        group_size=_group_size(recipe),
+        positive=merge is None or all(_floats(part.adapter.basis) for part in merge.parts),
+        sm=checked_sms(recipe.target, recipe.sm, int4=recipe.scheme.weight_bits <= 4),
+    )
+
+
+def _refuse_tensorrt_options(recipe: Recipe) -> None:
+    for name in ("dtype", "sm", "profile", "portable"):
+        if recipe.stated(name):
+            raise InputError(
+                f"--{name} is for TensorRT, the target is onnx", hint="--target tensorrt-rtx, or leave it out"
+            )
+
+
+def _floats(basis: object) -> bool:
+    """Whether an adapter was trained on float weights."""
+    return getattr(basis, "grid", None) is None
+
+
+def _dtype(recipe: Recipe) -> str:
+    allowed = TYPES.get(recipe.scheme.name, ("fp16", "bf16", "fp32"))
+    dtype = recipe.dtype or allowed[0]
+    if dtype not in allowed:
+        raise SchemeError(
+            f"--scheme {recipe.scheme} computed in {dtype}", hint=f"leave --dtype out, it is {allowed[0]}"
+        )
+    return dtype
+
+
+def _group_size(recipe: Recipe) -> int:
+    bits = recipe.scheme.weight_bits
+    if not recipe.scheme.quantized or STORAGE_BITS[bits] < 8:
+        return recipe.group_size
+    if recipe.stated("group_size") and recipe.group_size != -1:
+        raise SchemeError(
+            f"--group-size {recipe.group_size} with --scheme {recipe.scheme} on {recipe.target}: TensorRT runs 8-bit "
+            "codes with one scale per channel",
+            hint="--group-size -1, or leave it out",
+        )
+    return -1
