@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from rqc.runtime.errors import InputError, RqcError
 BASIS_FILE = "rqc_basis.json"
 FORMAT, VERSION = "rqc-basis", 1
 BASE_KINDS = ("float", "w4", "w3", "w2", "nf4")
+GRID_KEYS = ("bits", "group_size", "symmetric", "clip")
+"""What format 1 says of a grid: another key would make the file unreadable to those that know these."""
 ADAPTER_TYPES = ("lora", "dora", "qalora", "qbara", "qahira")
 POOLED = ("qalora", "qbara", "qahira")
 """Of those, the ones that pool inputs."""
@@ -65,7 +67,7 @@ class AdapterBasis:
             "format_version": VERSION,
             "rotation": {**self.rotation.to_json(), "basis": self.basis},
             "base": {"fingerprint": self.base, "model_type": self.model_type},
-            "grid": None if self.grid is None else asdict(self.grid),
+            "grid": None if self.grid is None else {name: getattr(self.grid, name) for name in GRID_KEYS},
             "base_kind": self.base_kind,
             "activations": self.activations,
             "adapter_type": self.adapter_type,

@@ -457,3 +457,9 @@ def test_exporting_a_plain_adapter_copies_it(tiny_model: TinyModel, tmp_path: Pa
     source = save_peft(directory, tmp_path / "a", use_dora=True, use_rslora=True)
     export(source, reference.description, reference.read, tmp_path / "b")
     same_function(peft_model(directory, tmp_path / "b"), peft_model(directory, source), 1e-6)
+
+
+def test_a_basis_of_format_1_tells_a_grid_by_the_keys_that_its_readers_know(tiny_model: TinyModel) -> None:
+    basis = basis_of(tiny_model("llama16"), "none", base_kind="w2", grid=Grid(2, 32, False, "mse"))
+    assert basis.to_json()["grid"] == {"bits": 2, "group_size": 32, "symmetric": False, "clip": "mse"}
+    assert AdapterBasis.from_json(basis.to_json()) == basis
