@@ -42,7 +42,7 @@ def bench_engine(
         if repeats < 1:
             raise InputError(f"repeats is {repeats}", hint="measure at least once")
         ids = np.random.Generator(np.random.PCG64(0)).integers(0, engine.vocab_size, prompt)
-        runs = [_run(engine.backend, ids, new) for _ in range(repeats + 1)][1:]
+        runs = [_run(engine.model, ids, new) for _ in range(repeats + 1)][1:]
         ttft_s = statistics.median(first for first, _ in runs)
         decode_s = statistics.median(rest for _, rest in runs)
         return {

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from rqc.runtime.backends.base import Backend, FloatArray, IntArray
-from rqc.runtime.backends.ort import OrtBackend
+from rqc.runtime.backends.choice import open_backend
 from rqc.runtime.chat import ChatTemplate, Message, load_chat_template
 from rqc.runtime.container import EngineFile
-from rqc.runtime.errors import EngineFormatError, InputError, TargetError
+from rqc.runtime.errors import EngineFormatError, InputError
 from rqc.runtime.generation import FinishReason, Generation, Row
 from rqc.runtime.options import GenerationOptions, adapter_gates, checked_ids, split_prompts
 from rqc.runtime.text import TextCodec
@@ -27,42 +27,55 @@ class Engine:
     """A loaded engine.plan. Use it as a context manager, or call `close` to give its memory back.
 
     `adapters`: the names that `adapter` takes, in engines that were compiled with adapters by name.
+    `backend`: what runs it, "onnxruntime" or "tensorrt"; `fallback_reason`: one sentence why an engine for TensorRT
+    runs on ONNX Runtime, or None (also logged, as a warning).
+    `context_length`: tokens of prompt and continuation together; a TensorRT plan may have less than the model.
     Continuations share no state: one that is interrupted (KeyboardInterrupt) or abandoned leaves the engine usable.
     A generation that reaches the context length ends with the finish reason "context" and a warning in the log
     `rqc.runtime` (which Python prints on stderr unless logging is configured otherwise).
     """
 
-    def __init__(self, file: EngineFile, *, threads: int | None = None, spin: bool = True) -> None:
+    def __init__(
+        self, file: EngineFile, *, threads: int | None = None, spin: bool = True, backend: str = "auto"
+    ) -> None:
         """file: an open engine file; it can be closed afterwards. Raises TargetError if it is for other hardware."""
         self.path = str(file.path)
         manifest = file.manifest
-        target = manifest.get("target", "onnx")
-        if target != "onnx":
-            raise TargetError(
-                f"{file.path} was built for {target}, which this runtime does not run",
-                hint="compile with --target onnx",
-            )
         self.manifest: dict[str, Any] = manifest
-        self.context_length = _context_length(manifest)
+        longest = _context_length(manifest)
         generation = manifest.get("generation") or {}
         self._eos = frozenset(int(token) for token in generation.get("eos_token_ids", []))
         self._codec = _codec(file, generation)
         self._chat_files = {name: file.read(name) for name in _CHAT_FILES if file.has(name)}
         self._templates: dict[bool, ChatTemplate] = {}
-        self._backend: Backend = OrtBackend(file, threads=threads, spin=spin)
+        opened = open_backend(file, backend, threads=threads, spin=spin)
+        self._backend: Backend = opened.backend
+        self.backend, self.fallback_reason = opened.name, opened.fallback_reason
+        self.context_length = min(longest, self._backend.context_length)
+        if self.fallback_reason:
+            _log.warning("%s", self.fallback_reason)
         self.adapters = _adapters(file, self._backend)
         self._finish_reasons: list[FinishReason | None] = []
 
     @classmethod
-    def load(cls, path: str | Path, threads: int | None = None, check: bool = False, *, spin: bool = True) -> Engine:
+    def load(
+        cls,
+        path: str | Path,
+        threads: int | None = None,
+        check: bool = False,
+        *,
+        spin: bool = True,
+        backend: str = "auto",
+    ) -> Engine:
         """Open an engine.plan.
 
         threads: threads per operator, by default the physical cores. check: hash the weights as well.
         spin: idle threads wait actively; False saves power and helps on a machine shared with other work.
+        backend: "auto" runs the engine's TensorRT plan where one runs, or else ONNX Runtime; "onnxruntime", "tensorrt".
         Raises EngineFormatError for a damaged file, TargetError for one that this machine cannot run.
         """
         with EngineFile.open(path, check=check) as file:
-            return cls(file, threads=threads, spin=spin)
+            return cls(file, threads=threads, spin=spin, backend=backend)
 
     @property
     def vocab_size(self) -> int:
@@ -75,7 +88,7 @@ class Engine:
         return self._backend.threads
 
     @property
-    def backend(self) -> Backend:
+    def model(self) -> Backend:
         """The loaded model beneath, for measuring."""
         return self._backend
 

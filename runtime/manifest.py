@@ -17,6 +17,8 @@ _HINT = "copy or compile the engine again"
 # what a key that the runtime relies on holds, if it is there; nested keys behind a dot
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "target": str,
+    "dtype": str,
+    "plans": list,
     "context_length": int,
     "graph": dict,
     "graph.cache": str,
@@ -39,6 +41,18 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 _POSITIVE = ("context_length", "graph.layers", "graph.kv_heads", "graph.head_dim", "graph.vocab_size")
 _WORDS = {"graph.cache": ("shared", "concat")}
+# what a record of "plans" holds; what begins with "?" may be absent
+_PLAN: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "entry": str,
+    "flavour": str,
+    "version": str,
+    "sms": list,
+    "profile": dict,
+    "?verified": bool,
+    "?reason": (str, type(None)),
+}
+_FLAVOURS = ("tensorrt-rtx", "tensorrt")
 
 
 def _damaged(what: str) -> EngineFormatError:
@@ -88,6 +102,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         if value is not ...:
             _check_value(key, value, kind)
     _check_entries(manifest.get("entries"))
+    _check_plans(manifest.get("plans", []), manifest["entries"])
 
 
 def _is(value: object, kind: type | tuple[type, ...]) -> bool:
@@ -123,3 +138,37 @@ def _check_entries(entries: object) -> None:
             raise _damaged(f"entries: {str(name)[:80]!r} has offset and size {str(places)[:60]}")
         if not isinstance(entry["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
             raise _damaged(f"entries: {str(name)[:80]!r} has no valid sha256")
+
+
+def _check_plans(plans: list[Any], entries: Mapping[str, Any]) -> None:
+    for plan in plans:
+        if not isinstance(plan, Mapping):
+            raise _damaged(f"plans has {str(plan)[:40]!r}")
+        for key, kind in _PLAN.items():
+            name = key.removeprefix("?")
+            if not (_is(plan.get(name), kind) or (key != name and name not in plan)):
+                raise _damaged(f"plans: {name} is {str(plan.get(name))[:40]!r}")
+        if not plan["name"] or not plan["version"]:
+            raise _damaged("plans: a plan has no name or no version")
+        if plan["flavour"] not in _FLAVOURS:
+            raise _damaged(f"plans: flavour is {plan['flavour'][:40]!r} instead of one of {', '.join(_FLAVOURS)}")
+        if plan["entry"] not in entries:
+            raise _damaged(f"plans: {plan['name'][:40]!r} is in {plan['entry'][:80]!r}, which is no entry")
+        if not plan["sms"] or not _all_positive(plan["sms"]):
+            raise _damaged(f"plans: sms is {str(plan['sms'])[:40]!r}")
+        _check_profile(plan["profile"])
+    if len({plan["name"] for plan in plans}) < len(plans):
+        raise _damaged("plans has a name twice")
+
+
+def _check_profile(profile: Mapping[str, Any]) -> None:
+    for name in ("batch", "prompt"):
+        sizes = profile.get(name)
+        if not (isinstance(sizes, list) and len(sizes) == 3 and _all_positive(sizes) and sizes == sorted(sizes)):
+            raise _damaged(f"plans: {name} of a profile is {str(sizes)[:40]!r}, not min, opt and max")
+    if not _all_positive([profile.get("context")]):
+        raise _damaged(f"plans: context of a profile is {str(profile.get('context'))[:40]!r}")
+
+
+def _all_positive(values: list[Any]) -> bool:
+    return all(_is(value, int) and value > 0 for value in values)

@@ -45,6 +45,10 @@ class Backend(Protocol):
     def adapters(self) -> int:
         """Adapters that can be switched on, each by its gate."""
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a sequence can have."""
+
     def start(self, prompts: Sequence[IntArray], gates: FloatArray | None = None) -> tuple[Sequences, FloatArray]:
         """Read the prompts, each int64 [length >= 1]; return the sequences and the logits after each, [rows, vocab].
 

@@ -15,6 +15,7 @@ from rqc.runtime.errors import EngineFormatError
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,  # numpy has none; such caches stay on a device
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
     "tensor(int32)": np.int32,
@@ -65,16 +66,18 @@ class GraphIO:
         return np.zeros((rows, self.adapters), np.float32) if gates is None else gates
 
 
-def read_graph_io(inputs: Sequence[Any], outputs: Sequence[Any], graph: Mapping[str, Any]) -> GraphIO:
-    """Match a session's inputs and outputs (onnxruntime NodeArg) with the manifest's "graph" table.
+def read_graph_io(
+    inputs: Sequence[Any], outputs: Sequence[Any], graph: Mapping[str, Any], what: str = "graph.onnx"
+) -> GraphIO:
+    """Match the inputs and outputs of a session (onnxruntime NodeArg) or a plan with the manifest's "graph" table.
 
     Shapes that the graph leaves open are taken from the manifest. Raises EngineFormatError for an input that the
     runtime does not know how to feed, a cache without its output and a missing `input_ids` or `logits`.
     """
-    plain = {arg.name: _dtype(arg) for arg in inputs if arg.name in _PLAIN_INPUTS}
+    plain = {arg.name: _dtype(arg, what) for arg in inputs if arg.name in _PLAIN_INPUTS}
     results = {arg.name for arg in outputs}
     if "input_ids" not in plain or "logits" not in results:
-        raise EngineFormatError("graph.onnx has no input_ids or no logits: it is not a decoder that rqc can run")
+        raise EngineFormatError(f"{what} has no input_ids or no logits: it is not a decoder that rqc can run")
     slots: list[tuple[int, str, CacheSlot]] = []
     for arg in inputs:
         if arg.name in plain:
@@ -82,28 +85,28 @@ def read_graph_io(inputs: Sequence[Any], outputs: Sequence[Any], graph: Mapping[
         match = _PAST.fullmatch(arg.name)
         if match is None:
             raise EngineFormatError(
-                f"graph.onnx has the input {arg.name!r}, which this runtime cannot feed",
+                f"{what} has the input {arg.name!r}, which this runtime cannot feed",
                 hint="update rqc on this device",
             )
-        slots.append((int(match[1]), match[2], _slot(arg, int(match[1]), match[2], results, graph)))
+        slots.append((int(match[1]), match[2], _slot(arg, int(match[1]), match[2], results, graph, what)))
     slots.sort(key=lambda item: item[:2])
     widths = [arg.shape[-1] for arg in inputs if arg.name == GATES]
     if not all(isinstance(width, int) and width > 0 for width in widths):
-        raise EngineFormatError(f"graph.onnx does not state how many adapters {GATES} switches")
-    return GraphIO(plain, tuple(slot for _, _, slot in slots), _vocab_size(outputs, graph), sum(widths))
+        raise EngineFormatError(f"{what} does not state how many adapters {GATES} switches")
+    return GraphIO(plain, tuple(slot for _, _, slot in slots), _vocab_size(outputs, graph, what), sum(widths))
 
 
-def _slot(arg: Any, layer: int, kind: str, results: set[str], graph: Mapping[str, Any]) -> CacheSlot:
+def _slot(arg: Any, layer: int, kind: str, results: set[str], graph: Mapping[str, Any], what: str) -> CacheSlot:
     present = f"present.{layer}.{kind}"
     if present not in results:
-        raise EngineFormatError(f"graph.onnx reads {arg.name} but does not write {present}")
+        raise EngineFormatError(f"{what} reads {arg.name} but does not write {present}")
     heads, dim = arg.shape[1], arg.shape[3]
     return CacheSlot(
         past=arg.name,
         present=present,
         heads=heads if isinstance(heads, int) else _of_layer(graph, "kv_heads", layer),
         dim=dim if isinstance(dim, int) else _of_layer(graph, "head_dim", layer),
-        dtype=_dtype(arg),
+        dtype=_dtype(arg, what),
     )
 
 
@@ -116,16 +119,16 @@ def _of_layer(graph: Mapping[str, Any], key: str, layer: int) -> int:
     return value
 
 
-def _vocab_size(outputs: Sequence[Any], graph: Mapping[str, Any]) -> int:
+def _vocab_size(outputs: Sequence[Any], graph: Mapping[str, Any], what: str) -> int:
     width = next(arg.shape[-1] for arg in outputs if arg.name == "logits")
     value = width if isinstance(width, int) else graph.get("vocab_size")
     if not isinstance(value, int) or value < 1:
-        raise EngineFormatError("the manifest's graph.vocab_size is missing, and graph.onnx does not state it")
+        raise EngineFormatError(f"the manifest's graph.vocab_size is missing, and {what} does not state it")
     return value
 
 
-def _dtype(arg: Any) -> type[np.generic]:
+def _dtype(arg: Any, what: str) -> type[np.generic]:
     try:
         return _DTYPES[arg.type]
     except KeyError:
-        raise EngineFormatError(f"graph.onnx's {arg.name} has the type {arg.type}, which rqc does not feed") from None
+        raise EngineFormatError(f"{what}: {arg.name} has the type {arg.type}, which rqc does not feed") from None

@@ -53,6 +53,10 @@ class OrtBackend:
     def adapters(self) -> int:
         return self._io.adapters
 
+    @property
+    def context_length(self) -> int:
+        return self._limit
+
     def start(self, prompts: Sequence[IntArray], gates: FloatArray | None = None) -> tuple[Sequences, FloatArray]:
         gates = self._io.gates(gates, len(prompts))
         if self._shared:

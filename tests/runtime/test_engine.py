@@ -312,7 +312,7 @@ def test_a_missing_tokenizer_leaves_ids(tmp_path, tiny_parts):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"target": "tensorrt-rtx"}, TargetError),
+        ({"target": "coreml"}, TargetError),
         ({"context_length": None}, EngineFormatError),
         ({"graph": None}, EngineFormatError),
     ],

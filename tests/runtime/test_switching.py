@@ -83,7 +83,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own(loaded: Engine) -> None:
 
 def test_rows_that_go_on_keep_their_adapters(loaded: Engine) -> None:
     """Gates move along when rows leave and when caches grow."""
-    backend = loaded.backend
+    backend = loaded.model
     gates = adapter_gates(["clerk", None, "poet"], loaded.adapters, 3)
     ids = [np.asarray(loaded.tokenize(prompt)) for prompt in PROMPTS]
     rows, _ = backend.start(ids, gates)

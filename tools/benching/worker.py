@@ -32,7 +32,7 @@ def rqc_engine(path: str, threads: int, _context: int) -> tuple[Start, tuple[str
     """An engine in rqc's runtime."""
     from rqc.runtime.engine import Engine
 
-    backend = Engine.load(path, threads=threads).backend
+    backend = Engine.load(path, threads=threads).model
 
     def start(ids: list[int], _new: int) -> Step:
         sequences, logits = backend.start([np.asarray(ids, np.int64)])
