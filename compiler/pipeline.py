@@ -17,7 +17,7 @@ from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
 from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import passes_of
-from rqc.compiler.plan import EngineSummary, check_target, write_engine
+from rqc.compiler.plan import write_engine
 from rqc.compiler.ranges import ranges_on_text, unmeasured
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import Estimate, check_memory, estimate
@@ -25,6 +25,7 @@ from rqc.compiler.targets.settle import settled
 from rqc.compiler.text import read_text
 from rqc.models.quantized import forget
 from rqc.models.rotation import Rotation
+from rqc.runtime.engine_writer import EngineSummary, check_target
 
 
 @dataclass(frozen=True)

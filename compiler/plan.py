@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import math
 import os
-import stat
-import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,29 +12,14 @@ import onnx
 import onnx_ir
 
 from rqc.compiler.lazy_errors import own_errors
-from rqc.compiler.replace_file import Replacement, explained
-from rqc.runtime import zip_layout
-from rqc.runtime.container import EngineFile, check_path
-from rqc.runtime.errors import EngineFormatError, ResourceError
-from rqc.runtime.manifest import FORMAT, FORMAT_VERSION, parse_manifest
-from rqc.runtime.onnx_walk import OFFSET_DIGITS, bind, external_tensors, pad_location
-from rqc.runtime.tensors import TENSOR_ALIGNMENT, locate_tensors
-from rqc.runtime.zip_layout import GRAPH, MANIFEST, WEIGHTS, Entry
+from rqc.runtime.engine_writer import DEFAULT_NAME, Append, EngineSummary, Weights, write_parts
+from rqc.runtime.errors import EngineFormatError
+from rqc.runtime.onnx_walk import OFFSET_DIGITS, pad_location
+from rqc.runtime.tensors import TENSOR_ALIGNMENT
 
 INLINE_BELOW = 1024  # bytes: smaller tensors stay in graph.onnx, where shape inference sees them
 STORAGE_KEY = "rqc.storage"  # tensors with the same value in `meta` share their bytes
-_DEFAULT_NAME = b"engine.plan"  # graph.onnx as it lies in the file must not depend on where the engine was written
 _CHUNK = 1 << 22
-_MAGIC = f'{{\n "format": "{FORMAT}",'.encode()
-
-
-@dataclass(frozen=True)
-class EngineSummary:
-    """What was written: the file's size, the size of its weights.bin (both in bytes) and the file's sha256."""
-
-    size_bytes: int
-    weight_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,58 +48,10 @@ def write_engine(
     Raises EngineFormatError if `path` is something else than an engine or the parts make no sound engine, InputError if
     `path` cannot be written, ResourceError if the disk is full; then, as on any exception, nothing is left behind.
     """
-    target = check_target(path)
-    contents = {name: bytes(files[name]) for name in files}
-    if reserved := set(contents) & {MANIFEST, GRAPH, WEIGHTS}:
-        raise EngineFormatError(f"{', '.join(sorted(reserved))} cannot be given as a file of an engine")
-    zip_layout.check_names([MANIFEST, GRAPH, WEIGHTS, *contents])
-    storages, template = _split(model)
-    contents[GRAPH] = template
-    weight_bytes = storages[-1].offset + storages[-1].nbytes if storages else 0
-    entries = _lay_out(manifest, {name: len(data) for name, data in contents.items()} | {WEIGHTS: weight_bytes})
-    weights = next(entry for entry in entries if entry.name == WEIGHTS)
-    contents[GRAPH] = bind(template, external_tensors(template), _DEFAULT_NAME, weights.start)
-    # what the reader refuses shows here, and not after the hours of folding
-    locate_tensors(external_tensors(contents[GRAPH]), weights)
-    size = entries[-1].end + len(zip_layout.tail_bytes(entries))
-    with Replacement(target, size) as new:
-        digest, crc = _stream(new, storages, weights, progress)
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()} | {WEIGHTS: digest}
-        contents[MANIFEST] = _manifest_text(manifest, entries, digests)
-        crcs = {name: zlib.crc32(data) for name, data in contents.items()} | {WEIGHTS: crc}
-        _write_around(new, [replace(entry, crc=crcs[entry.name]) for entry in entries], contents)
-        EngineFile.open(new.temporary, check=True).close()
-        sha256 = _sha256(new.temporary)
-        _refuse_foreign(target)
-        new.commit()
-    return EngineSummary(size, weight_bytes, sha256)
-
-
-def check_target(path: str | os.PathLike[str]) -> str:
-    """The real path of an engine that is to be written at `path`, before anything has been computed for it.
-
-    Raises InputError if none can lie there, EngineFormatError if something else does.
-    """
-    target = check_path(path)
-    _refuse_foreign(target)
-    with explained(target):
-        os.stat(os.path.join(os.path.dirname(target), ""))
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(target)  # a name that is too long shows
-    return target
-
-
-def _refuse_foreign(path: str) -> None:
-    """Raise EngineFormatError if `path` exists and is not an engine (a damaged engine may be replaced)."""
-    with explained(path):
-        if not os.path.lexists(path):
-            return
-        if stat.S_ISREG(os.stat(path).st_mode):
-            with open(path, "rb") as file:
-                start = file.read(zip_layout.ENTRY_ALIGNMENT + len(_MAGIC))
-            if start.startswith(b"PK\3\4") and start.endswith(_MAGIC):
-                return
-    raise EngineFormatError(f"{path} exists and is not an engine", hint="give another path, or remove it yourself")
+    storages, graph = _split(model)
+    size = storages[-1].offset + storages[-1].nbytes if storages else 0
+    weights = Weights(size, lambda append: _evaluated(storages, append, progress))
+    return write_parts(path, manifest, graph, weights, files)
 
 
 def _split(model: onnx_ir.Model) -> tuple[list[_Storage], bytes]:
@@ -148,7 +79,7 @@ def _split(model: onnx_ir.Model) -> tuple[list[_Storage], bytes]:
 
 def _serialize(model: onnx_ir.Model, external: Mapping[str, _Storage]) -> bytes:
     """`model` as a serialized ModelProto without the bytes of the `external` initializers; the model stays as it is."""
-    location = pad_location(_DEFAULT_NAME).decode()
+    location = pad_location(DEFAULT_NAME).decode()
     values = [(name, value, value.const_value) for name, value in model.graph.initializers.items()]
     try:
         for name, value, tensor in values:
@@ -179,83 +110,18 @@ def _refer(initializer: onnx.TensorProto, location: str, storage: _Storage) -> N
         initializer.external_data.add(key=key, value=value)
 
 
-def _place(sizes: Sequence[tuple[str, int]]) -> list[Entry]:
-    """Entries of these (name, size) one after the other, each aligned; their checksums are still 0."""
-    skipped = [0] * len(sizes)
-    while True:
-        entries: list[Entry] = []
-        for index, (name, size) in enumerate(sizes):
-            step = zip_layout.alignment(name)
-            header = entries[-1].end if entries else 0
-            fixed = header + zip_layout.LOCAL_SIZE + len(name)
-            least = fixed + len(zip_layout.local_zip64(size)) + zip_layout.MIN_PADDING
-            start = (math.ceil(least / step) + skipped[index]) * step
-            if start - fixed > zip_layout.MAX_EXTRA:
-                # the padding is a few bytes longer than a header can hold: move the entry before it, and so this header
-                skipped[index - 1] += 1
-                break
-            entries.append(Entry(name, size, 0, header, start))
-        else:
-            return entries
-
-
-def _lay_out(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> list[Entry]:
-    """The entries of these sizes and of the manifest in their places.
-
-    The manifest names the places, which depend on its length: both only grow from round to round, until they agree.
-    """
-    length = 0
-    while True:
-        given = {**sizes, MANIFEST: length}
-        entries = _place([(name, given[name]) for name in zip_layout.order(list(given))])
-        text = _manifest_text(manifest, entries, dict.fromkeys(given, "0" * 64))
-        if len(text) == length:
-            break
-        length = len(text)
-    if entries[-1].end >= 10**OFFSET_DIGITS:
-        raise ResourceError("an engine has at most a terabyte", hint="choose a smaller model")
-    parse_manifest(text)
-    return entries
-
-
-def _manifest_text(manifest: Mapping[str, Any], entries: Sequence[Entry], digests: Mapping[str, str]) -> bytes:
-    """manifest.json with keys in an order that does not depend on how the manifest was put together."""
-    listed = {
-        entry.name: {"offset": entry.start, "size": entry.size, "sha256": digests[entry.name]}
-        for entry in entries
-        if entry.name != MANIFEST
-    }
-    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    body = json.loads(json.dumps(dict(manifest), sort_keys=True, allow_nan=False))
-    text = json.dumps(head | body | head | {"entries": listed}, indent=1, ensure_ascii=False, allow_nan=False)
-    return text.encode() + b"\n"
-
-
-def _stream(
-    new: Replacement,
-    storages: Sequence[_Storage],
-    weights: Entry,
-    progress: Callable[[str, int, int], None] | None,
-) -> tuple[str, int]:
-    """Write weights.bin, one tensor in memory at a time; return its (sha256, CRC-32)."""
-    digest, crc, end = hashlib.sha256(), 0, 0
-
-    def append(data: memoryview) -> None:
-        nonlocal crc, end
-        new.write(data, weights.start + end)
-        digest.update(data)
-        crc = zlib.crc32(data, crc)
-        end += len(data)
-
+def _evaluated(storages: Sequence[_Storage], append: Append, progress: Callable[[str, int, int], None] | None) -> None:
+    """The bytes of weights.bin, one tensor in memory at a time."""
+    end = 0
     for storage in storages:
         append(memoryview(bytes(storage.offset - end)))
         _evaluate(storage.name, storage.tensor, append)
+        end = storage.offset + storage.nbytes
         if progress is not None:
             progress("weights", end, storages[-1].offset + storages[-1].nbytes)
-    return digest.hexdigest(), crc
 
 
-def _evaluate(name: str, tensor: onnx_ir.TensorProtocol, append: Callable[[memoryview], None]) -> None:
+def _evaluate(name: str, tensor: onnx_ir.TensorProtocol, append: Append) -> None:
     """Give the tensor's little-endian bytes to `append`, from one evaluation whose array is gone on return.
 
     Raises EngineFormatError if the tensor is not what it declares.
@@ -272,17 +138,3 @@ def _evaluate(name: str, tensor: onnx_ir.TensorProtocol, append: Callable[[memor
         raise EngineFormatError(f"initializer {name!r} declares {tensor.dtype}{tensor.shape} but is {what}")
     for at in range(0, len(data), _CHUNK):
         append(data[at : at + _CHUNK])
-
-
-def _write_around(new: Replacement, entries: Sequence[Entry], contents: Mapping[str, bytes]) -> None:
-    """Write everything but the data of weights.bin."""
-    for entry in entries:
-        new.write(zip_layout.local_bytes(entry), entry.header)
-        if entry.name != WEIGHTS:
-            new.write(contents[entry.name], entry.start)
-    new.write(zip_layout.tail_bytes(entries), entries[-1].end)
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -170,6 +170,14 @@ class EngineFile:
         """
         return bind(self.read(GRAPH), self._refs, os.fsencode(os.path.basename(self.path)))
 
+    def relocatable_graph(self) -> bytes:
+        """The ONNX model with offsets counted from the start of weights.bin: what a writer takes."""
+        return bind(self.read(GRAPH), self._refs, b"engine.plan", -self._entries[WEIGHTS].start)
+
+    def size_of(self, name: str) -> int:
+        """Bytes of an entry."""
+        return self._entries[name].size
+
     def confirm_path(self) -> None:
         """Raise EngineFormatError if by now another file is at `path`: its weights are not this engine's."""
         try:

@@ -17,10 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rqc.compiler.replace_file import explained
 from rqc.models.adapter_basis import BASIS_FILE
 from rqc.models.json_files import read_object
 from rqc.runtime.errors import InputError
+from rqc.runtime.replace_file import explained
 
 FOLDER = "checkpoints"
 RUN = "run.json"

@@ -214,7 +214,7 @@ def test_doctor_and_version(rqc):
         (["inspect", "nothing.plan"], "nothing.plan", "engine.plan"),
         (["compile", "nowhere", "-o", "e.plan"], "nowhere", ""),
         (["compile", "nowhere", "-o", "e.plan", "--scheme", "w5a5"], "w5a5", "w4a8"),
-        (["compile", "nowhere", "-o", "e.plan", "--target", "tensorrt"], "tensorrt", "onnx"),
+        (["compile", "nowhere", "-o", "e.plan", "--target", "coreml"], "coreml", "onnx"),
         (["compile", "nowhere"], "no engine", "-o"),
         (["compile", "nowhere", "--dry-run", "--verify"], "dry run", "leave"),
         (["verify", "e.plan", "nowhere", "--gate", "kl"], "--gate kl", "NAME=VALUE"),

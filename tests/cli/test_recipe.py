@@ -63,7 +63,7 @@ def test_json_gives_the_same_recipe_back(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "error", "said", "hinted"),
     [
-        ({"target": "tensorrt"}, TargetError, "tensorrt", "onnx"),
+        ({"target": "coreml"}, TargetError, "coreml", "tensorrt-rtx"),
         ({"scheme": "w4a9"}, SchemeError, "w4a9", "w4a8"),
         ({"group_size": 48}, SchemeError, "48", "32, 64"),
         ({"method": "gptq"}, SchemeError, "gptq", "rtn"),

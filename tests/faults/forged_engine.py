@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from rqc.compiler import plan
 from rqc.compiler.plan import write_engine
+from rqc.runtime import engine_writer
 from rqc.runtime.container import EngineFile
 from rqc.runtime.zip_layout import MANIFEST, Entry, local_bytes, tail_bytes
 
@@ -62,7 +62,7 @@ def assemble(content: Mapping[str, bytes], edit: Edit = keep, wrong: str = "") -
     text = b""
     while True:
         sizes = [(name, len(text if name == MANIFEST else data)) for name, data in content.items()]
-        entries = plan._place(sizes)
+        entries = engine_writer._place(sizes)
         before, text = text, _manifest(content, entries, edit)
         if len(before) == len(text):
             return join({**content, MANIFEST: text}, entries, wrong)

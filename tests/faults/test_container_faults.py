@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rqc.compiler import plan
+from rqc.runtime import engine_writer
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError, InputError
 from rqc.runtime.zip_layout import GRAPH, MANIFEST, WEIGHTS, Entry
@@ -213,7 +213,7 @@ def test_entry_names_that_could_leave_a_folder(tmp_path: Path, sound: dict[str, 
 
 
 def placed(content: Mapping[str, bytes]) -> list[Entry]:
-    return plan._place([(name, len(data)) for name, data in content.items()])
+    return engine_writer._place([(name, len(data)) for name, data in content.items()])
 
 
 def test_the_same_name_twice(tmp_path: Path, sound: dict[str, bytes]) -> None:

@@ -21,7 +21,7 @@ MakeTiny = Callable[..., Path]
 SLOW = """
 import signal, sys, time
 from rqc.compiler import cli
-from rqc.compiler.replace_file import Replacement
+from rqc.runtime.replace_file import Replacement
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 write = Replacement.write

@@ -16,11 +16,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from rqc.compiler import plan
 from rqc.compiler.plan import write_engine
-from rqc.compiler.replace_file import Replacement, remove_abandoned
+from rqc.runtime import engine_writer
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError, InputError, ResourceError
+from rqc.runtime.replace_file import Replacement, remove_abandoned
 from rqc.runtime.zip_layout import GRAPH, WEIGHTS
 
 # a process that begins to write an engine, says so, and waits amid its weights for a line on its standard input
@@ -210,7 +210,7 @@ def test_a_file_system_without_locks(path: Path, monkeypatch: pytest.MonkeyPatch
     def fail(*arguments: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("rqc.compiler.replace_file.fcntl.flock", fail)
+    monkeypatch.setattr("rqc.runtime.replace_file.fcntl.flock", fail)
     abandoned = path.with_name(".engine.plan.rqc-1-0.tmp")
     abandoned.write_bytes(b"")
     write_engine(path, model(seed=1), {"seed": 1}, {})
@@ -352,5 +352,5 @@ def test_models_that_make_no_engine(tmp_path: Path) -> None:
 
 def test_a_terabyte_is_too_much() -> None:
     with pytest.raises(ResourceError, match="terabyte"):
-        plan._lay_out({}, {GRAPH: 1, WEIGHTS: 10**12})
-    assert plan._lay_out({}, {GRAPH: 1, WEIGHTS: 10**11})[-1].size == 10**11
+        engine_writer._lay_out({}, {GRAPH: 1, WEIGHTS: 10**12})
+    assert engine_writer._lay_out({}, {GRAPH: 1, WEIGHTS: 10**11})[-1].size == 10**11

@@ -22,9 +22,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rqc.compiler import plan
 from rqc.compiler.plan import write_engine
-from rqc.runtime import zip_layout
+from rqc.runtime import engine_writer, zip_layout
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError, InputError
 from rqc.runtime.onnx_walk import external_tensors, pad_location
@@ -359,7 +358,7 @@ def test_zip64_structures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_sizes_and_places_beyond_4_gib(tmp_path: Path) -> None:
     sizes = [("manifest.json", 900), ("graph.onnx", 7000), ("weights.bin", (5 << 30) + 13), ("a", 10), ("b", 5 << 30)]
-    entries = [replace(entry, crc=crc32(bytes(10))) for entry in plan._place(sizes)]  # the right one for "a"
+    entries = [replace(entry, crc=crc32(bytes(10))) for entry in engine_writer._place(sizes)]  # the right one for "a"
     end = entries[-1].end
     with open(tmp_path / "sparse", "w+b") as file:
         for entry in entries:
@@ -381,7 +380,9 @@ def test_sizes_and_places_beyond_4_gib(tmp_path: Path) -> None:
 def test_paddings_always_fit_in_a_header() -> None:
     paddings = set()
     for size in range(65536 - 4096 - 41 - 12, 65536 - 4096 - 41 + 12):
-        entries = plan._place([("manifest.json", 900), ("graph.onnx", size - 4096), ("weights.bin", 10), ("a", 1)])
+        entries = engine_writer._place(
+            [("manifest.json", 900), ("graph.onnx", size - 4096), ("weights.bin", 10), ("a", 1)]
+        )
         for before, entry in zip([Entry("", 0, 0, 0, 0), *entries], entries, strict=False):
             assert entry.header == before.end
             assert entry.start % zip_layout.alignment(entry.name) == 0
