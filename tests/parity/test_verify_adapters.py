@@ -266,7 +266,7 @@ def another_adapter(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_correction(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(zero_points, "_correct", lambda model, node, name, merged: None)
+    patch.setattr(zero_points, "correct", lambda *arguments: None)
 
 
 def move_one_zero_point(patch: pytest.MonkeyPatch) -> None:
