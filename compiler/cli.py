@@ -30,6 +30,7 @@ ModelDir = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Threads = Annotated[int | None, typer.Option(help="Threads per operator; the physical cores by default.")]
+BackendName = Annotated[str, typer.Option("--backend", help="auto onnxruntime tensorrt.")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,6 +200,7 @@ def run(
         str | None, typer.Option(metavar="NAME", help="One that the engine can switch on; the model alone without.")
     ] = None,
     threads: Threads = None,
+    backend: BackendName = "auto",
 ) -> None:
     """Generate; the continuation streams to stdout."""
     from rqc.runtime.engine import Engine
@@ -208,7 +210,7 @@ def run(
     talk = prompt is None and sys.stdin.isatty()
     if talk and not chat:
         raise InputError("no prompt", hint="-p TEXT, text on stdin, or --chat for a talk")
-    with Engine.load(engine, threads=threads) as loaded:
+    with Engine.load(engine, threads=threads, backend=backend) as loaded:
         if talk:
             _talk(loaded, options)
             return
@@ -256,6 +258,7 @@ def bench(
     new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate.  [default: 64]")] = None,
     repeats: Annotated[int, typer.Option(help="Runs after one that warms up; medians count.")] = 3,
     threads: Threads = None,
+    backend: BackendName = "auto",
     as_json: Json = False,
 ) -> None:
     """Load time, time to first token, prefill and decode speed, peak memory."""
@@ -263,7 +266,12 @@ def bench(
 
     with result_on_stdout() as emit:
         measured = bench_engine(
-            engine, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, threads=threads
+            engine,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            threads=threads,
+            backend=backend,
         )
         emit(measured, _bench_text(measured), as_json)
 
@@ -272,13 +280,16 @@ def bench(
 def extract(
     engine: EnginePath,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new directory.", show_default=False)],
+    format: Annotated[
+        str | None, typer.Option(help="trt: the raw TensorRT plans alone, and what each takes.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """The raw parts: graph.onnx with its weights, tokenizer."""
+    """The raw parts: graph.onnx with its weights, tokenizer; or the raw TensorRT plans."""
     from rqc.runtime.extract import extract as extract_parts
 
     with result_on_stdout() as emit:
-        paths = [str(path) for path in extract_parts(engine, output)]
+        paths = [str(path) for path in extract_parts(engine, output, format)]
         emit({"directory": str(output), "files": paths}, "\n".join(paths), as_json)
 
 

@@ -29,6 +29,7 @@ def bench_engine(
     repeats: int = 3,
     threads: int | None = None,
     spin: bool = True,
+    backend: str = "auto",
 ) -> dict[str, float | int]:
     """Measure the engine at `path`, greedy, one sequence; the medians of `repeats` runs after one that warms up.
 
@@ -36,7 +37,7 @@ def bench_engine(
     first new token; prefill is the prompt over that time, decode the tokens after the first over theirs.
     peak_rss_bytes is the process's: measure in a fresh one. Raises InputError for sizes that do not fit.
     """
-    engine, load_s = _timed(lambda: Engine.load(path, threads=threads, spin=spin))
+    engine, load_s = _timed(lambda: Engine.load(path, threads=threads, spin=spin, backend=backend))
     with engine:
         prompt, new = _sizes(engine.context_length, prompt_tokens, new_tokens)
         if repeats < 1:

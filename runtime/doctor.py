@@ -64,6 +64,7 @@ def diagnose() -> dict[str, Any]:
         "run": {"onnx": not missing(BASE)},
         "compile": {"onnx": can_compile()},
         "missing": missing((*BASE, *COMPILE)),
+        **_gpu(),
     }
 
 
@@ -80,6 +81,7 @@ def to_text(report: dict[str, Any]) -> str:
         *((name, value or "not installed") for name, value in report["packages"].items()),
         ("run engines", "onnx: yes" if report["run"]["onnx"] else "onnx: no, reinstall rqc"),
         ("compile", f"onnx: {_compile_verdict(report)}"),
+        *_gpu_rows(report),
     ]
     return "\n".join(f"{name:<14}{value}" for name, value in rows)
 
@@ -103,6 +105,23 @@ def _compile_verdict(report: dict[str, Any]) -> str:
     if report["compile"]["onnx"]:
         return "yes"
     return "no, pip install 'rqc[compile]'" if sys.version_info >= (3, 11) else "no, that needs Python 3.11"
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU and the modules that run plans on it; nothing where numpy is missing, which is told elsewhere."""
+    if missing(("numpy",)):
+        return {}
+    from rqc.runtime.backends.gpu_report import report_gpu
+
+    return report_gpu()
+
+
+def _gpu_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    if "gpu" not in report:
+        return []
+    from rqc.runtime.backends.gpu_report import to_rows
+
+    return to_rows(report)
 
 
 def _cpuinfo() -> str:

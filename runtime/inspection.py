@@ -35,6 +35,11 @@ class Inspection:
         """One record per weight (name, bits, storage_bits, group_size, op, shape) and per rotation that stays in it."""
         return list(self.manifest.get("layers", []))
 
+    @property
+    def plans(self) -> list[Mapping[str, Any]]:
+        """One record per TensorRT plan."""
+        return list(self.manifest.get("plans") or [])
+
     def to_json(self) -> dict[str, Any]:
         """The keys of the interface, and beside them what else is known."""
         manifest = self.manifest
@@ -52,6 +57,7 @@ class Inspection:
             **{key: manifest.get(key) for key in more},
             "memory": self.memory(),
             "execution": self.execution(),
+            "plans": [{**plan, "size_bytes": manifest["entries"][plan["entry"]]["size"]} for plan in self.plans],
             "entries": {name: entry["size"] for name, entry in manifest["entries"].items()},
             "checked": self.checked,
         }
@@ -97,6 +103,7 @@ class Inspection:
         return [
             ("engine", f"{self.path}, format {manifest.get('format_version')}{', every hash right' * self.checked}"),
             ("target", str(manifest.get("target"))),
+            *_plan_rows(manifest, self.plans),
             ("scheme", _scheme_text(manifest)),
             ("rotation", _rotation_text(manifest.get("rotation"))),
             ("adapter", _adapter_text(manifest.get("adapter"))),
@@ -216,6 +223,23 @@ def _memory_rows(memory: Mapping[str, int]) -> list[tuple[str, str]]:
     parts = f"weights {size_text(memory['weights'])} (mapped), packed copies {size_text(memory['packed_copies'])}"
     total = f"about {size_text(memory['total'])} at {memory['context']} tokens"
     return [("memory", f"{total}: {parts}, kv cache {size_text(memory['kv_cache'])}")]
+
+
+def _plan_rows(manifest: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What each TensorRT plan was built with and for; a target of TensorRT's without one has it pending."""
+    if not plans and str(manifest.get("target")).startswith("tensorrt"):
+        return [("plan", "pending: rqc build adds it")]
+    return [("plan", _plan_text(plan, manifest["entries"][plan["entry"]]["size"])) for plan in plans]
+
+
+def _plan_text(plan: Mapping[str, Any], size: int) -> str:
+    profile = plan["profile"]
+    batch, prompt = (":".join(map(str, profile[key])) for key in ("batch", "prompt"))
+    takes = f"batch {batch}, prompt {prompt}, context {profile['context']}"
+    sms = ", ".join(map(str, plan["sms"]))
+    why = f": {plan['reason']}" if plan.get("reason") else ""
+    checked = "verified" if plan.get("verified") else f"not verified{why}"
+    return f"{plan['name']}, {plan['flavour']} {plan['version']}, SM {sms}, {takes}, {size_text(size)}, {checked}"
 
 
 def _scheme_text(manifest: Mapping[str, Any]) -> str:

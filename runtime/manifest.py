@@ -152,6 +152,8 @@ def _check_plans(plans: list[Any], entries: Mapping[str, Any]) -> None:
             raise _damaged("plans: a plan has no name or no version")
         if plan["flavour"] not in _FLAVOURS:
             raise _damaged(f"plans: flavour is {plan['flavour'][:40]!r} instead of one of {', '.join(_FLAVOURS)}")
+        if plan["entry"] != f"device/{plan['name']}.plan" or "/" in plan["name"]:
+            raise _damaged(f"plans: the plan {plan['name'][:40]!r} is in {plan['entry'][:80]!r}")
         if plan["entry"] not in entries:
             raise _damaged(f"plans: {plan['name'][:40]!r} is in {plan['entry'][:80]!r}, which is no entry")
         if not plan["sms"] or not _all_positive(plan["sms"]):

@@ -14,7 +14,7 @@ from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError, TargetError
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt")
-_RUNS_ON_CPU = 'load with backend="onnxruntime" to run its ONNX part'
+_RUNS_ON_CPU = "backend onnxruntime runs its ONNX part"
 
 
 @dataclass(frozen=True)

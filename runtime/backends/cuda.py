@@ -211,7 +211,7 @@ def _failure(library: Any, function: str, status: int, what: str) -> RqcError:
             f"the GPU's memory does not suffice for {what or 'this step'} ({words})",
             hint="use fewer prompts at once, or a plan with a shorter context",
         )
-    return TargetError(f"the GPU failed ({words})", hint='load with backend="onnxruntime" to run on the CPU')
+    return TargetError(f"the GPU failed ({words})", hint="backend onnxruntime runs it on the CPU")
 
 
 def _words(library: Any, status: int) -> str:

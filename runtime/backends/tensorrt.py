@@ -113,7 +113,7 @@ class _Loaded:
             words = "; ".join(self._logger.take()) or "it does not say why"
             raise TargetError(
                 f"{flavour} does not {what} ({self._plan.name}): {words}",
-                hint='load with backend="onnxruntime" to run on the CPU',
+                hint="backend onnxruntime runs it on the CPU",
             )
         return result
 

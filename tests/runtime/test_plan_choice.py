@@ -101,7 +101,7 @@ def test_onnx_runtime_stands_in_and_says_so(tmp_path: Path, caplog: pytest.LogCa
     assert len(engine.generate_ids([1, 2, 3], max_new_tokens=3)) == 3
     with pytest.raises(TargetError, match=NO_DEVICE) as error:
         Engine.load(path, backend="tensorrt")
-    assert error.value.hint == 'load with backend="onnxruntime" to run its ONNX part'
+    assert error.value.hint == "backend onnxruntime runs its ONNX part"
     caplog.clear()
     assert Engine.load(path, threads=1, backend="onnxruntime").fallback_reason is None
     assert not caplog.records
@@ -174,7 +174,9 @@ def test_manifests_with_plans() -> None:
         ({"version": 1.7}, "version is"),
         ({"version": ""}, "no version"),
         ({"flavour": "cuda"}, "flavour is 'cuda' instead of one of tensorrt-rtx, tensorrt"),
-        ({"entry": "device/other.plan"}, "'device/other.plan', which is no entry"),
+        ({"entry": "device/other.plan"}, "the plan 'tiny' is in 'device/other.plan'"),
+        ({"entry": "device/other.plan", "name": "other"}, "'device/other.plan', which is no entry"),
+        ({"entry": "device/../tiny.plan", "name": "../tiny"}, "the plan '../tiny' is in"),
         ({"entry": ["device/tiny.plan"]}, "entry is"),
         ({"sms": []}, "sms is"),
         ({"sms": 86}, "sms is"),
