@@ -236,10 +236,10 @@ def _plan_text(plan: Mapping[str, Any], size: int) -> str:
     profile = plan["profile"]
     batch, prompt = (":".join(map(str, profile[key])) for key in ("batch", "prompt"))
     takes = f"batch {batch}, prompt {prompt}, context {profile['context']}"
-    sms = ", ".join(map(str, plan["sms"]))
+    sms = f"SM {', '.join(map(str, plan['sms']))}" if plan["sms"] else "the GPU that built it"
     why = f": {plan['reason']}" if plan.get("reason") else ""
     checked = "verified" if plan.get("verified") else f"not verified{why}"
-    return f"{plan['name']}, {plan['flavour']} {plan['version']}, SM {sms}, {takes}, {size_text(size)}, {checked}"
+    return f"{plan['name']}, {plan['flavour']} {plan['version']}, {sms}, {takes}, {size_text(size)}, {checked}"
 
 
 def _scheme_text(manifest: Mapping[str, Any]) -> str:

@@ -156,7 +156,8 @@ def _check_plans(plans: list[Any], entries: Mapping[str, Any]) -> None:
             raise _damaged(f"plans: the plan {plan['name'][:40]!r} is in {plan['entry'][:80]!r}")
         if plan["entry"] not in entries:
             raise _damaged(f"plans: {plan['name'][:40]!r} is in {plan['entry'][:80]!r}, which is no entry")
-        if not plan["sms"] or not _all_positive(plan["sms"]):
+        # standard TensorRT builds for the GPU that it finds, and checks itself that it is back on one like it
+        if not _all_positive(plan["sms"]) or not (plan["sms"] or plan["flavour"] == "tensorrt"):
             raise _damaged(f"plans: sms is {str(plan['sms'])[:40]!r}")
         _check_profile(plan["profile"])
     if len({plan["name"] for plan in plans}) < len(plans):

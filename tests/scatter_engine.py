@@ -83,10 +83,10 @@ class _Builder:
 
     def mask(self) -> None:
         self.node("Unsqueeze", ["position_ids", self.ints("axes13", 1, 3)], "position")
-        self.node("Shape", ["past_key_values.0.key"], "capacity1", start=2, end=3)
-        self.node("Squeeze", ["capacity1"], "capacity")
+        self.node("Shape", ["past_key_values.0.key"], "slot_count1", start=2, end=3)
+        self.node("Squeeze", ["slot_count1"], "slot_count")
         zero, one = (self.constant(name, np.asarray(value, np.int64)) for name, value in (("zero", 0), ("one", 1)))
-        self.node("Range", [zero, "capacity", one], "slots")
+        self.node("Range", [zero, "slot_count", one], "slots")
         self.node("GreaterOrEqual", ["position", "slots"], "seen")
         lowest = np.asarray(ml_dtypes.finfo(self.numpy).min).astype(np.float32)
         self.node("Where", ["seen", self.constant("shown", np.zeros((), np.float32)), self.hidden(lowest)], "mask")

@@ -15,6 +15,7 @@ from rqc.runtime.errors import ResourceError, RqcError, TargetError
 ALIGNMENT = 256
 """Bytes on which TensorRT wants every tensor to begin; cudaMalloc's own alignment."""
 _MAJORS = (13, 12, 11)
+_NONE = {35: "no CUDA driver, or one older than the CUDA library", 100: "no CUDA device"}
 _OUT_OF_MEMORY, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 2, 75, 76
 _TO_DEVICE, _TO_HOST, _ON_DEVICE = 1, 2, 3
 _NON_BLOCKING, _THREAD_LOCAL = 1, 1
@@ -175,8 +176,10 @@ def open_cuda(library: Any = None) -> Cuda | str:
     status = int(library.cudaGetDeviceCount(ctypes.byref(count)))
     if status:
         library.cudaGetLastError()
-    if status or not count.value:
-        return "no CUDA device" + (f" ({_words(library, status)})" if status else "")
+    if status:
+        return _NONE.get(status, f"no CUDA device ({_words(library, status)})")
+    if not count.value:
+        return "no CUDA device"
     try:
         return Cuda(library)
     except RqcError as error:

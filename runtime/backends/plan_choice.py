@@ -16,7 +16,10 @@ FLAVOURS = {"tensorrt-rtx": ("tensorrt_rtx", "TensorRT-RTX"), "tensorrt": ("tens
 
 @dataclass(frozen=True)
 class Plan:
-    """One record of the manifest's "plans": a plan is bound to its module's version and to compute capabilities."""
+    """One record of the manifest's "plans": a plan is bound to its module's version and to compute capabilities.
+
+    sms () leaves those to the module: standard TensorRT, which loads a plan only on a GPU like the one that built it.
+    """
 
     name: str
     entry: str
@@ -49,7 +52,8 @@ class Plan:
     @property
     def label(self) -> str:
         """The plan for a person, such as "TensorRT-RTX plan (SM 80, 86)"."""
-        return f"{FLAVOURS[self.flavour][1]} plan (SM {', '.join(map(str, self.sms))})"
+        made_for = f" (SM {', '.join(map(str, self.sms))})" if self.sms else ""
+        return f"{FLAVOURS[self.flavour][1]} plan{made_for}"
 
     def check_profile(self) -> None:
         """Raise TargetError for ranges that leave out what the runtime does: one row, and the last tokens of a
@@ -109,7 +113,7 @@ def choose(
 
 def _module(plan: Plan, device: Device, importer: Importer) -> Any:
     """The module that runs this plan on this GPU. Raises TargetError, saying in a few words why it does not run."""
-    if device.sm not in plan.sms:
+    if plan.sms and device.sm not in plan.sms:
         raise TargetError(f"the GPU ({device.name}) is SM {device.sm}")
     plan.check_profile()
     name = FLAVOURS[plan.flavour][0]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_gpu
 import pytest
 from fake_gpu import FakeDevice, fake_trt
 from scatter_engine import VERSION, Scatter, plan_record, write_scatter
@@ -16,6 +17,8 @@ from scatter_engine import VERSION, Scatter, plan_record, write_scatter
 from rqc.runtime.backends import choice, plan_choice
 from rqc.runtime.backends.cuda import Cuda, open_cuda
 from rqc.runtime.backends.plan_choice import Chosen, Plan, choose, import_module
+from rqc.runtime.backends.tensorrt import _TYPES, TensorrtBackend
+from rqc.runtime.container import EngineFile
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import EngineFormatError, InputError, ResourceError, TargetError
 from rqc.runtime.manifest import FORMAT, check_manifest
@@ -62,6 +65,14 @@ def test_profiles_without_single_rows_or_tokens_are_not(key: str, what: str) -> 
     record = plan_record(Scatter())
     record["profile"][key] = [2, 4, 4]
     assert chosen(86, VERSION, record) == [f"the plan tiny takes no less than 2 {what}"]
+
+
+def test_a_plan_for_the_gpu_that_built_it_is_left_to_tensorrt() -> None:
+    record = plan_record(Scatter(target="tensorrt"), sms=[])
+    found = chosen(87, VERSION, record)
+    assert isinstance(found, Chosen)
+    assert found.plan.label == "TensorRT plan"
+    check_manifest(manifest(flavour="tensorrt", sms=[]))
 
 
 def test_the_first_that_runs_is_taken() -> None:
@@ -142,6 +153,41 @@ def test_running_on_a_cpu_imports_no_tensorrt(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(plan_choice.importlib, "import_module", absent)
     monkeypatch.setattr(choice, "choose", lambda listed: choose(listed, find_device=lambda: NO_DEVICE))
     assert Engine.load(write_scatter(tmp_path / "e.plan", Scatter()), threads=1).backend == "onnxruntime"
+
+
+# the real module, as far as it goes without a GPU
+
+
+def test_a_file_that_is_no_plan_is_told_in_tensorrts_words(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    path = write_scatter(tmp_path / "e.plan", Scatter(), plan=b"no plan", version=trt.__version__)
+    with EngineFile.open(path) as file:
+        found = choose(plan_choice.plans_of(file.manifest), importer=lambda _name: trt, find_device=FakeDevice)
+        assert isinstance(found, Chosen)
+        with pytest.raises(TargetError, match=r"TensorRT-RTX does not load the plan \(tiny\): .*Error Code"):
+            TensorrtBackend(file, found)
+
+
+def test_the_real_module_has_what_the_backend_calls() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    engine, context, config = fake_gpu._Engine, fake_gpu._Context, ("cuda_graph_strategy",)
+    for real, names in (
+        (trt.ICudaEngine, vars(engine)),
+        (trt.IExecutionContext, vars(context)),
+        (trt.IRuntimeConfig, config),
+    ):
+        called = {name for name in names if not name.startswith("_") and name not in ("batch", "prompt")}
+        assert called <= set(dir(real))
+    fake = fake_trt(FakeDevice())
+    for name in (
+        "TensorIOMode",
+        "TensorLocation",
+        "DataType",
+        "ExecutionContextAllocationStrategy",
+        "CudaGraphStrategy",
+    ):
+        assert set(getattr(fake, name).__members__) <= set(dir(getattr(trt, name)))
+    assert set(_TYPES) <= set(dir(trt.DataType))
 
 
 # the manifest
@@ -242,7 +288,9 @@ class FakeCudart:
 
 def test_a_machine_without_cuda_is_told() -> None:
     assert open_cuda(FakeCudart(count=0)) == "no CUDA device"
-    assert open_cuda(FakeCudart(cudaGetDeviceCount=35)) == "no CUDA device (words of 35, status 35)"
+    assert open_cuda(FakeCudart(cudaGetDeviceCount=100)) == "no CUDA device"
+    assert str(open_cuda(FakeCudart(cudaGetDeviceCount=35))).startswith("no CUDA driver")
+    assert open_cuda(FakeCudart(cudaGetDeviceCount=3)) == "no CUDA device (words of 3, status 3)"
     broken = open_cuda(FakeCudart(cudaStreamCreateWithFlags=46))
     assert isinstance(broken, str)
     assert broken.startswith("no usable CUDA device (the GPU failed (cudaStreamCreateWithFlags: words of 46")
