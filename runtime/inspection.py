@@ -13,7 +13,7 @@ from typing import Any
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError
 
-_BYTES = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,8 @@ def packed_bytes(layer: Mapping[str, Any]) -> int:
         block = int(layer["block_size"])
         beside = 8 if layer.get("accuracy_level") == 4 else 0
         return n * math.ceil(k / block) * (block * int(layer["storage_bits"]) // 8 + beside)
+    if op == "MatMul" and layer.get("storage_bits") in (4, 8):  # a TensorRT graph's, which becomes MatMulNBits
+        return n * k * int(layer["storage_bits"]) // 8
     return 4 * n * k if "MatMul" in op else 0
 
 
@@ -172,6 +174,8 @@ def cache_bytes(graph: Mapping[str, Any], context: int) -> int:
 
 def execution_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is stored or computed in another form than the scheme's name says."""
+    if manifest.get("target", "onnx") != "onnx":
+        return tensorrt_notes(manifest, layers)
     notes = []
     scheme = str(manifest.get("scheme"))
     found = re.fullmatch(r"w(\d+)a(\d+)", scheme)
@@ -192,6 +196,16 @@ def execution_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, A
     if found and manifest.get("group_size") == -1:
         notes.append("one scale per output channel is stored as blocks of equal scale")
     return notes
+
+
+def tensorrt_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How TensorRT and, where no plan runs, ONNX Runtime compute an engine of a TensorRT target."""
+    bits = {(layer["bits"], layer["storage_bits"]) for layer in layers if "bits" in layer and "storage_bits" in layer}
+    return [
+        f"computed in {manifest.get('dtype', 'fp16')}, activations: {manifest.get('activations')}",
+        "where no plan runs, ONNX Runtime computes the same graph on the CPU with float products",
+        *(f"{own}-bit weights are stored in {stored} bits" for own, stored in sorted(bits) if own != stored),
+    ]
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> list[str]:

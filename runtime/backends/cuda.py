@@ -94,6 +94,7 @@ class Cuda:
         stream = ctypes.c_void_p()
         self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
         self._stream = stream
+        weakref.finalize(self, library.cudaStreamDestroy, stream)
 
     @property
     def stream(self) -> int:

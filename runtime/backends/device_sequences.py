@@ -42,8 +42,9 @@ class DeviceSequences:
         self._strides = [math.ceil(size / ALIGNMENT) * ALIGNMENT for size in self._sizes]
         self._together = plan.batch[2] if self._strides == self._sizes else 1
         self._caches = [Buffer(device, rows * stride) for stride in self._strides]
-        for cache in self._caches:  # garbage could be NaN, and a masked NaN is one still
-            device.fill_zeros(cache.address, cache.size)
+        with lock:
+            for cache in self._caches:  # garbage could be NaN, and a masked NaN is one still
+                device.fill_zeros(cache.address, cache.size)
 
     @property
     def lengths(self) -> IntArray:

@@ -79,6 +79,9 @@ def test_inspect_shows_plans(rqc: Any, planned: Path, pending: Path, engine: Pat
     assert "plan            pending: rqc build adds it" in rqc("inspect", pending).out
     assert rqc("inspect", pending, "--json").value["plans"] == []
     assert "\nplan" not in rqc("inspect", engine).out
+    notes = rqc("inspect", planned, "--json").value["execution"]
+    assert notes[0].startswith("computed in fp16, activations: ")
+    assert "float products" in notes[1]
 
 
 def test_raw_plans_are_extracted(rqc: Any, planned: Path, tmp_path: Path) -> None:
