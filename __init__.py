@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     load = Engine.load
     __version__: str
 
-__all__ = ["Engine", "RqcError", "__version__", "compile", "finetune", "load", "verify"]
+__all__ = ["Engine", "RqcError", "__version__", "build", "compile", "finetune", "load", "verify"]
 
 _HOMES = {
     "Engine": ("rqc.runtime.engine", "Engine"),
     "RqcError": ("rqc.runtime.errors", "RqcError"),
+    "build": ("rqc.runtime.add_plan", "add_plan"),
     "compile": ("rqc.compiler.api", "compile_engine"),
     "finetune": ("rqc.compiler.finetune.run", "finetune"),
     "load": ("rqc.runtime.engine", "Engine.load"),

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rqc.compiler.cli_build import build
 from rqc.compiler.cli_finetune import finetune
 from rqc.compiler.console import guarded, open_standard_streams, result_on_stdout, stream
 from rqc.runtime import doctor as doctors
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 
 app.command()(finetune)
+app.command()(build)
 
 EnginePath = Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine.plan.", show_default=False)]
 ModelDir = Annotated[
@@ -70,7 +72,7 @@ def compile_(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="ENGINE", help="The engine to write.", show_default=False)
     ] = None,
-    target: Annotated[str | None, typer.Option(help="onnx.  [default: onnx]")] = None,
+    target: Annotated[str | None, typer.Option(help="onnx tensorrt-rtx tensorrt.  [default: onnx]")] = None,
     scheme: Annotated[
         str | None, typer.Option(help="fp32 fp16 w8a16 w8a8 w6a6 w4a16 w4a8 w4a4 w3a16 w2a16.  [default: w4a8]")
     ] = None,
@@ -111,6 +113,20 @@ def compile_(
     calibration: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Windows of text.  [default: 64]")] = None,
     calibration_length: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 512]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Floats of a TensorRT target: fp16 bf16 fp32.  [default: fp16]")
+    ] = None,
+    sm: Annotated[
+        str | None, typer.Option(help="Compute capabilities for tensorrt-rtx.  [default: 80,86,89,120]")
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="SHAPES", help="Of TensorRT: batch/prompt/context, min:opt:max or one number each."),
+    ] = None,
+    portable: Annotated[
+        bool | None,
+        typer.Option("--portable", help="Write the ONNX part of a TensorRT engine now; `rqc build` on the device."),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file of these options; flags override it.")] = None,
     verify_after: Annotated[bool, typer.Option("--verify", help="Run `rqc verify` afterwards.")] = False,
     verify_each: Annotated[bool, typer.Option(help="Run the graph around each pass; fail one that drifts.")] = False,

@@ -23,7 +23,7 @@ from rqc.compiler.tokenizer_files import (
 )
 from rqc.compiler.widths import table_widths
 from rqc.models.algebra import dimensions
-from rqc.models.description import EMBEDDING, HEAD
+from rqc.models.description import EMBEDDING, HEAD, Architecture
 from rqc.models.quantized import LazyQuantized
 from rqc.models.rotation import Rotation
 from rqc.models.weights import Weight
@@ -39,6 +39,7 @@ from rqc.passes.base import (
     WEIGHT,
     sizes,
 )
+from rqc.runtime.profiles import Profile
 
 OTHER_FILES = ("config.json", "generation_config.json")
 PACKAGES = ("onnx", "onnx-ir", "mobius-onnx", "numpy")
@@ -55,7 +56,7 @@ def manifest_of(
     widths = table_widths(recipe, a)
     return {
         "target": recipe.target,
-        **({} if recipe.dtype is None else {"dtype": recipe.dtype}),
+        **_tensorrt(recipe, a),
         "scheme": recipe.scheme.name,
         "group_size": recipe.group_size,
         "symmetric": recipe.symmetric,
@@ -100,6 +101,14 @@ def activation_grid(recipe: Recipe) -> str:
     if recipe.scheme.quantizes_activations:
         return f"{bits}-bit per token, symmetric, quantize-dequantize in float32"
     return "float32"
+
+
+def _tensorrt(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
+    """What only engines for TensorRT have: the type of floats, the shapes to build for and, later, plans."""
+    if recipe.target == "onnx":
+        return {}
+    profile = recipe.profile or Profile.of_model(architecture.context_length)
+    return {"dtype": recipe.dtype, "profile": profile.to_json(), "plans": []}
 
 
 def _tensorrt_grid(recipe: Recipe) -> str:

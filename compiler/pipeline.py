@@ -21,11 +21,15 @@ from rqc.compiler.plan import write_engine
 from rqc.compiler.ranges import ranges_on_text, unmeasured
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import Estimate, check_memory, estimate
+from rqc.compiler.targets.guards import check_graph
 from rqc.compiler.targets.settle import settled
 from rqc.compiler.text import read_text
 from rqc.models.quantized import forget
 from rqc.models.rotation import Rotation
+from rqc.runtime.build import build_plan, require_builder
+from rqc.runtime.container import EngineFile
 from rqc.runtime.engine_writer import EngineSummary, check_target
+from rqc.runtime.plans import with_plans
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,16 @@ def compile_model(
     manifests.check_files(imported)
     recipe, merge = open_adapter(recipe, imported, instruments.progress)
     recipe = settled(recipe, imported.description.architecture, merge)
+    if recipe.target != "onnx" and not recipe.portable and not dry_run:
+        require_builder(recipe.target)  # before the minutes of folding
     rotation, verdict = _rotation(recipe, imported, instruments.progress, merge, measure=not dry_run)
     model, description = imported.model, imported.description
     measure = unmeasured if dry_run else ranges_on_text(recipe, imported, instruments.progress)
     instruments.run(model, passes_of(recipe, description, rotation, merge, measure))
     estimated = estimate(model, manifests.parameter_count(imported), manifests.companion_bytes(imported))
     check_memory(estimated, recipe.max_memory)
+    if recipe.target != "onnx":
+        check_graph(model, recipe.target, recipe.sm)
     summary = survival = None
     if not dry_run:
         if output is None:
@@ -133,6 +141,20 @@ class _Made:
 
 
 def _write(output: Path, made: _Made, progress: Progress) -> EngineSummary:
+    if made.recipe.target == "onnx" or made.recipe.portable:
+        return _write_onnx(output, made, progress)
+    part = output.with_name(f"{output.name}.onnx-part")
+    try:
+        _write_onnx(part, made, progress)
+        progress.line(f"building a {made.recipe.target} plan")
+        with EngineFile.open(part) as engine:
+            plan = build_plan(engine, made.recipe.target, made.recipe.sm, made.recipe.profile, progress.advance)
+            return with_plans(engine, output, [plan])
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_onnx(output: Path, made: _Made, progress: Progress) -> EngineSummary:
     adapter = None if made.merge is None else made.merge.record(made.survival or {})
     manifest = manifests.manifest_of(made.imported, made.model, made.recipe, made.rotation, adapter)
     recipe = {name: value for name, value in made.recipe.to_json().items() if name != "adapter"}  # a path of this host

@@ -16,10 +16,10 @@ from typing import Any, Literal
 from rqc.compiler.adapter_sources import AdapterSource, parse_sources
 from rqc.compiler.option_values import NUMBER, PATH, near_miss, one_of, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
-from rqc.compiler.targets.capabilities import parse_sms
-from rqc.compiler.targets.profiles import Profile
 from rqc.models.rotation import KINDS, SITES, Rotation
+from rqc.runtime.capabilities import parse_sms
 from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError, TargetError
+from rqc.runtime.profiles import Profile
 
 TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 DTYPES = ("fp16", "bf16", "fp32")

@@ -168,7 +168,11 @@ class EngineFile:
         ONNX Runtime needs the option session.model_external_initializers_file_folder_path = `directory`, and reads the
         weights by that path: call `confirm_path` when the session is there.
         """
-        return bind(self.read(GRAPH), self._refs, os.fsencode(os.path.basename(self.path)))
+        return self.graph_in(os.fsencode(os.path.basename(self.path)))
+
+    def graph_in(self, name: bytes) -> bytes:
+        """The same for a file of another name, such as a link to this one."""
+        return bind(self.read(GRAPH), self._refs, name)
 
     def relocatable_graph(self) -> bytes:
         """The ONNX model with offsets counted from the start of weights.bin: what a writer takes."""

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from rqc.compiler.merge import Merge
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.targets.capabilities import checked_sms
 from rqc.models.description import Architecture
 from rqc.models.grid import STORAGE_BITS
+from rqc.runtime.capabilities import checked_sms
 from rqc.runtime.errors import InputError, SchemeError
 
 TYPES = {"fp32": ("fp32",), "fp16": ("fp16",)}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rqc.runtime.errors import TargetError
 
-HINT = "batch/prompt/context as min:opt:max or one number each, such as 1:1:4/1:128:512/2048"
+HINT = "batch/prompt/context as min:opt:max or the largest alone, such as 1:1:4/1:128:512/2048 or 1/512/2048"
 DEFAULT_PROMPT, DEFAULT_CONTEXT = (1, 128, 512), 2048
 Range = tuple[int, int, int]
 
@@ -37,14 +38,21 @@ class Profile:
         parts = [re.findall(r"\d+", part) for part in text.split("/")]
         if not re.fullmatch(r"\d+(:\d+:\d+)?/\d+(:\d+:\d+)?/\d+(:\d+:\d+)?", text) or len(parts) != 3:
             raise TargetError(f"--profile {text!r} is no profile", hint=HINT)
-        batch, prompt, context = ((int(part[0]), int(part[len(part) // 2]), int(part[-1])) for part in parts)
-        return cls(batch, prompt, context[2])
+        batch, prompt, context = ([int(size) for size in part] for part in parts)
+        return cls(_range(batch), _range(prompt), context[-1])
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Profile:
+        """The profile of a manifest, which has been checked."""
+        least, usual, most = value["batch"]
+        first, second, last = value["prompt"]
+        return cls((least, usual, most), (first, second, last), value["context"])
 
     def __post_init__(self) -> None:
         """Raises TargetError for ranges that no row fits in."""
         for name, (least, usual, most) in (("batch", self.batch), ("prompt", self.prompt)):
-            if not 1 <= least <= usual <= most:
-                raise TargetError(f"the profile's {name} is {least}:{usual}:{most}", hint=f"{HINT}, each from 1 up")
+            if not 1 == least <= usual <= most:  # prompts are read row by row, and end in a piece of any length
+                raise TargetError(f"the profile's {name} is {least}:{usual}:{most}", hint=f"{HINT}; ranges begin at 1")
         if self.prompt[2] > self.context:
             raise TargetError(
                 f"the profile's prompt of {self.prompt[2]} tokens is longer than its context of {self.context}",
@@ -66,3 +74,11 @@ class Profile:
     def __str__(self) -> str:
         batch, prompt = (":".join(map(str, sizes)) for sizes in (self.batch, self.prompt))
         return f"{batch}/{prompt}/{self.context}"
+
+
+def _range(sizes: list[int]) -> Range:
+    """(min, opt, max) of three numbers, or of the largest alone."""
+    if len(sizes) == 1:
+        return 1, sizes[0], sizes[0]
+    least, usual, most = sizes
+    return least, usual, most

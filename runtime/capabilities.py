@@ -23,20 +23,28 @@ def parse_sms(value: Any) -> tuple[int, ...]:
     return tuple(sorted({int(match[1] + match[2]) for match in found if match}))
 
 
-def checked_sms(target: str, sms: tuple[int, ...], *, int4: bool) -> tuple[int, ...]:
+def checked_sms(flavour: str, sms: tuple[int, ...], *, int4: bool) -> tuple[int, ...]:
     """The compute capabilities to build for, all usual ones if none is named. int4: whether weights are stored so.
 
     Raises TargetError naming each that cannot be. Standard TensorRT builds for the GPU that it runs on and no other.
     """
-    if target == "tensorrt":
-        if sms:
-            raise TargetError("--sm with --target tensorrt, which builds for the GPU at hand", hint="leave --sm out")
-        return ()
-    if unknown := [sm for sm in sms if sm not in SMS]:
-        raise TargetError(f"TensorRT-RTX does not build for {_told(unknown)}, only for {_told(SMS)}", hint=DEVICE_WAY)
-    if int4 and (old := [sm for sm in sms if sm < LEAST_SM_OF_INT4]):
-        raise TargetError(f"TensorRT-RTX has no 4-bit weights on {_told(old)}", hint=f"--scheme w8a16, or {DEVICE_WAY}")
-    return sms or DEFAULT_SMS
+    if found := sm_obstacles(flavour, sms, int4=int4):
+        raise TargetError("; ".join(said for said, _ in found), hint="; ".join(way for _, way in found))
+    return () if flavour == "tensorrt" else sms or DEFAULT_SMS
+
+
+def sm_obstacles(flavour: str, sms: tuple[int, ...], *, int4: bool) -> list[tuple[str, str]]:
+    """(what stands against these compute capabilities, way out), each."""
+    if flavour == "tensorrt":
+        return [("--sm with --target tensorrt, which builds for the GPU at hand", "leave --sm out")] if sms else []
+    unknown = [sm for sm in sms if sm not in SMS]
+    old = [sm for sm in sms if sm in SMS and sm < LEAST_SM_OF_INT4 and int4]
+    found = []
+    if unknown:
+        found.append((f"TensorRT-RTX does not build for {_told(unknown)}, only for {_told(SMS)}", DEVICE_WAY))
+    if old:
+        found.append((f"TensorRT-RTX has no 4-bit weights on {_told(old)}", f"--scheme w8a16, or {DEVICE_WAY}"))
+    return found
 
 
 def _told(sms: tuple[int, ...] | list[int]) -> str:
