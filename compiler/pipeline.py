@@ -29,6 +29,7 @@ from rqc.models.rotation import Rotation
 from rqc.runtime.build import build_plan, require_builder
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine_writer import EngineSummary, check_target
+from rqc.runtime.errors import InputError
 from rqc.runtime.plans import with_plans
 
 
@@ -90,6 +91,8 @@ def compile_model(
     manifests.check_files(imported)
     recipe, merge = open_adapter(recipe, imported, instruments.progress)
     recipe = settled(recipe, imported.description.architecture, merge)
+    if verify_each and recipe.dtype == "bf16":
+        raise InputError("--verify-each with --dtype bf16, which ONNX Runtime does not compute", hint="--dtype fp16")
     if recipe.target != "onnx" and not recipe.portable and not dry_run:
         require_builder(recipe.target)  # before the minutes of folding
     rotation, verdict = _rotation(recipe, imported, instruments.progress, merge, measure=not dry_run)
@@ -111,13 +114,19 @@ def compile_model(
         engine=None if dry_run else str(output),
         size_bytes=estimated.size_bytes if summary is None else summary.size_bytes,
         seconds=time.perf_counter() - started,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=_peak(builds=recipe.target != "onnx" and not recipe.portable),
         passes=instruments.records,
         rotation=verdict,
         sha256=None if summary is None else summary.sha256,
         estimate=estimated,
         survival=survival,
     )
+
+
+def _peak(*, builds: bool) -> int:
+    """What this process held at most, and the builder of a plan: an upper bound of what both held at a time."""
+    processes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN) if builds else (resource.RUSAGE_SELF,)
+    return sum(resource.getrusage(who).ru_maxrss for who in processes) * 1024
 
 
 def _rotation(recipe: Recipe, imported: Imported, progress: Progress, merge: Merge | None, *, measure: bool) -> Verdict:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rqc.runtime import build_worker
+from rqc.runtime.backends.cuda import open_cuda
 from rqc.runtime.capabilities import checked_sms
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import ResourceError, TargetError
@@ -66,6 +67,8 @@ def build_plan(
     sms = checked_sms(flavour, sms, int4=int4)
     job = {"module": require_builder(flavour), "sms": list(sms), "profiles": [_prefill(profile), _decode(profile)]}
     data, version = _build(engine, job, _fixed(engine, profile), flavour, progress)
+    if not sms and not isinstance(device := open_cuda(), str):
+        sms = (device.sm,)  # the GPU that TensorRT built for
     name = "-".join([flavour, *map(str, sms)])
     record = {
         "name": name,
