@@ -130,6 +130,8 @@ def _session(model: ir.Model, part: Part, known: dict[str, Array], threads: int)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # by default a product behind DequantizeLinear is fused, and rounds its activations to 8 bits
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     with tempfile.TemporaryDirectory(prefix="rqc-block-") as folder:
         path = Path(folder) / "block.onnx"
         save_stage(block, path)
