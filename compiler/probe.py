@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from rqc.compiler.lazy_errors import own_errors
+from rqc.passes.scatter_cache import CAPACITY
 from rqc.runtime.backends.graph_io import GATES
 
 Logits = NDArray[np.float32]
@@ -32,7 +33,10 @@ def run_stage(model: ir.Model, token_ids: Sequence[int] | NDArray[np.int64], *, 
         save_stage(model, path)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # TensorScatter warns that it copies
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # by default a product behind DequantizeLinear is fused, and rounds its activations to 8 bits
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return run_session(session, np.asarray(token_ids, np.int64))
 
@@ -44,11 +48,14 @@ def run_session(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> 
 
 
 def feeds(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
-    """Inputs for one whole sequence with an empty past."""
-    return {
-        item.name: feed(item.name, [size if isinstance(size, int) else None for size in item.shape], token_ids[None])
-        for item in session.get_inputs()
-    }
+    """Inputs for one whole sequence with an empty past; a cache of fixed size has just the slots for it."""
+    fed = {}
+    for item in session.get_inputs():
+        known = {CAPACITY: len(token_ids)}
+        shape = [size if isinstance(size, int) else known.get(size) for size in item.shape]
+        value = feed(item.name, shape, token_ids[None])
+        fed[item.name] = value.astype(np.float16) if item.type == "tensor(float16)" else value
+    return fed
 
 
 def feed(name: str, shape: Sequence[int | None], token_ids: NDArray[np.int64]) -> NDArray[np.generic]:
@@ -68,7 +75,7 @@ def feed(name: str, shape: Sequence[int | None], token_ids: NDArray[np.int64]) -
         return known[name]
     if name == GATES:
         return np.ones((batch, shape[1] or 0), np.float32)
-    return np.zeros((batch, shape[1] or 0, 0, shape[3] or 0), np.float32)
+    return np.zeros((batch, shape[1] or 0, shape[2] or 0, shape[3] or 0), np.float32)
 
 
 def drift(before: Logits, after: Logits) -> float:
