@@ -70,7 +70,8 @@ def partition(model: ir.Model, watched: Collection[str] = ()) -> list[Part]:
 def _stages(model: ir.Model) -> dict[ir.Node, int]:
     """-1 before the layers, the layer's number inside one, the number of layers behind them.
 
-    A node that reads nothing but weights (a transposed table, 1 + w) belongs to its first reader.
+    A node that reads nothing but weights (a transposed table, 1 + w) belongs to its first reader; so does one whose
+    name tells no layer and that a layer reads (the casts of an expert's mask).
     """
     numbers = [int(match[1]) for node in model.graph if (match := LAYER.search(node.name or ""))]
     behind = max(numbers) + 1
@@ -84,6 +85,10 @@ def _stages(model: ir.Model) -> dict[ir.Node, int]:
         producers = [value.producer() for value in node.inputs if value is not None]
         before = max((stages.get(producer, -1) for producer in producers if producer is not None), default=-1)
         stages[node] = int(match[1]) if match else behind if before >= 0 else -1
+    for node in reversed(list(stages)):
+        readers = [stages[user] for user, _ in (use for output in node.outputs for use in output.uses())]
+        if stages[node] == behind and readers:
+            stages[node] = min(readers)
     for node in reversed(constant):
         stages[node] = min(stages[user] for user, _ in node.outputs[0].uses())
     return stages

@@ -4,6 +4,7 @@
 
 * s ≥ 0: c = q − C, s′ = s, l = s (C − z).
 * s < 0: c = C − 1 − q, s′ = −s, l = −s (z − C + 1). Codes of b bits have no −(−2^(b−1)), so they move by one.
+* s = 0: c = 0, l = 0.
 
 What is left, l, is the same for all inputs of a block: it multiplies the block sums of x, as the correction of a merged
 zero point does.
@@ -24,10 +25,12 @@ def signed_codes(quantized: Quantized) -> NDArray[np.int8]:
     """c, int8 [N, K]."""
     center = 1 << (quantized.storage_bits - 1)
     codes = (quantized.codes.astype(np.int16) - center).astype(np.int8)
-    if (quantized.scales < 0).any():
+    if not (quantized.scales > 0).all():
         for part, groups in by_block(codes, quantized.block_size):
+            scales = quantized.scales[:, groups, None]
             # −c − 1 is the complement of c's bits
-            np.bitwise_xor(part, -(quantized.scales[:, groups, None] < 0).astype(np.int8), out=part)
+            np.bitwise_xor(part, -(scales < 0).astype(np.int8), out=part)
+            np.multiply(part, (scales != 0).astype(np.int8), out=part)
     return codes
 
 
