@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     load = Engine.load
     __version__: str
 
-__all__ = ["Engine", "RqcError", "__version__", "build", "compile", "finetune", "load", "verify"]
+__all__ = ["Engine", "RqcError", "__version__", "build", "compile", "export", "finetune", "load", "verify"]
 
 _HOMES = {
     "Engine": ("rqc.runtime.engine", "Engine"),
     "RqcError": ("rqc.runtime.errors", "RqcError"),
     "build": ("rqc.runtime.add_plan", "add_plan"),
     "compile": ("rqc.compiler.api", "compile_engine"),
+    "export": ("rqc.compiler.export_gptq", "export_gptq"),
     "finetune": ("rqc.compiler.finetune.run", "finetune"),
     "load": ("rqc.runtime.engine", "Engine.load"),
     "verify": ("rqc.compiler.verify", "verify_engine"),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from rqc.compiler.cli_build import build
+from rqc.compiler.cli_export import export
 from rqc.compiler.cli_finetune import finetune
 from rqc.compiler.console import guarded, open_standard_streams, result_on_stdout, stream
 from rqc.runtime import doctor as doctors
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 app.command()(finetune)
 app.command()(build)
+app.command()(export)
 
 EnginePath = Annotated[Path, typer.Argument(metavar="ENGINE", help="An engine.plan.", show_default=False)]
 ModelDir = Annotated[

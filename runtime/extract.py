@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rqc.runtime.container import EngineFile
+from rqc.runtime.directories import Part, new_directory, write_directory
 from rqc.runtime.errors import InputError, ResourceError, TargetError
 from rqc.runtime.zip_layout import GRAPH
 
 FORMATS = (None, "trt")
-_Part = Callable[[], Iterable[bytes]]
 
 
 def extract(engine: str | Path, directory: str | Path, format: str | None = None) -> list[Path]:
@@ -31,25 +27,23 @@ def extract(engine: str | Path, directory: str | Path, format: str | None = None
     """
     if format not in FORMATS:
         raise InputError(f"format is {format!r}", hint='format is "trt", or none for every part')
-    target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists and is not an empty directory", hint="name a new directory")
+    target = new_directory(directory)
     with EngineFile.open(engine) as file:
         parts = _plans(file) if format == "trt" else _entries(file)
         try:
-            return _write(parts, target)
+            return write_directory(parts, target)
         except OSError as error:
             problem = f"the parts of {engine} cannot be written to {target}: {error.strerror}"
             raise ResourceError(problem, hint=f"{file.size_bytes} bytes are needed, in a writable place") from error
 
 
-def _entries(file: EngineFile) -> dict[str, _Part]:
+def _entries(file: EngineFile) -> dict[str, Part]:
     """Every entry by its name."""
-    parts: dict[str, _Part] = {name: partial(file.chunks, name) for name in file.names()}
+    parts: dict[str, Part] = {name: partial(file.chunks, name) for name in file.names()}
     return parts | {GRAPH: lambda: [file.standalone_graph()]}
 
 
-def _plans(file: EngineFile) -> dict[str, _Part]:
+def _plans(file: EngineFile) -> dict[str, Part]:
     """The raw plans and what each is, by name. Raises TargetError where there is none."""
     records = file.manifest.get("plans") or []
     target = str(file.manifest.get("target"))
@@ -59,7 +53,7 @@ def _plans(file: EngineFile) -> dict[str, _Part]:
             f"{file.path} has no TensorRT plan{' yet' if pending else ''}",
             hint=f"rqc build {file.path} --target {target if pending else 'tensorrt-rtx'}",
         )
-    parts: dict[str, _Part] = {}
+    parts: dict[str, Part] = {}
     for record in records:
         parts[f"{record['name']}.plan"] = partial(file.chunks, record["entry"])
         parts[f"{record['name']}.json"] = partial(_about, file, record)
@@ -103,34 +97,3 @@ def _tensor(name: str, mode: str, kind: str, shape: list[int]) -> dict[str, Any]
 
 def _per_layer(value: Any, layers: int) -> list[int]:
     return [int(item) for item in value] if isinstance(value, list) else [int(value)] * layers
-
-
-def _write(parts: dict[str, _Part], target: Path) -> list[Path]:
-    """Into a directory beside the target, which takes its name at the end: rename(2) replaces an empty directory."""
-    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-    staged: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        for name, part in parts.items():
-            path = staged / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as out:
-                out.writelines(part())
-        staged.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        os.replace(staged, target)
-    except BaseException:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not made after all, or used by others by now
-            for folder in made:
-                folder.rmdir()
-        raise
-    return [target / name for name in parts]
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,127 @@
+"""`rqc export --format gptq`: what is in the checkpoint is the graph's own weights, in the layout that others read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+
+import rqc
+from rqc.compiler.importer import import_model
+from rqc.compiler.probe import drift, run_stage
+from rqc.runtime.errors import RqcError
+
+HALF = 2e-3
+"""What scales and tables in float16 may move."""
+IDS = np.arange(5, 45) % 96
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen2", tmp_path_factory.mktemp("gptq") / "model", **SIZES)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama-tied", tmp_path_factory.mktemp("gptq") / "tied", **{**SIZES, "head_dim": 32})
+
+
+def read(directory: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors, linears dequantized by the layout's own definition."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    stored = {name: value for file in set(index.values()) for name, value in load_file(directory / file).items()}
+    assert set(stored) == set(index)
+    found = {name: value.float() for name, value in stored.items() if name.endswith((".weight", ".bias"))}
+    for name, words in stored.items():
+        if not name.endswith(".qweight"):
+            continue
+        stem = name.removesuffix(".qweight")
+        scales, groups = stored[f"{stem}.scales"].float(), stored[f"{stem}.g_idx"].long()
+        codes = torch.stack([(words >> 4 * place) & 15 for place in range(8)], 1).reshape(-1, words.shape[1])
+        zeros = torch.stack([(stored[f"{stem}.qzeros"] >> 4 * place) & 15 for place in range(8)], 2).flatten(1) + 1
+        found[f"{stem}.weight"] = ((codes - zeros[groups]).float() * scales[groups]).T.contiguous()
+    return found
+
+
+def logits(directory: Path) -> NDArray[np.float32]:
+    """transformers' own model of this config, with the checkpoint's weights, in float32."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    net = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    missing, unexpected = net.load_state_dict(read(directory), strict=False)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    net.tie_weights()
+    with torch.inference_mode():
+        found: NDArray[np.float32] = net(torch.from_numpy(IDS)[None]).logits[0].numpy()
+    return found
+
+
+def float_logits(model: Path) -> NDArray[np.float32]:
+    return run_stage(import_model(model).model, IDS)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"group_size": -1}, {"rotate": "r1,r2"}], ids=str)
+def test_transformers_computes_what_the_grid_says(model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    report = rqc.export(model, tmp_path / "out", **{"group_size": 64, **options})
+    assert report.linears == 14
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["group_size"] == {"group_size": 64, **options}["group_size"]
+    off = drift(float_logits(model), logits(tmp_path / "out"))
+    assert 0.01 < off < 0.35  # 4 bits, and nothing worse: a wrong order of nibbles or groups gives more than 1
+
+
+def test_codes_in_another_order_would_show(model: Path, tmp_path: Path) -> None:
+    rqc.export(model, tmp_path / "out", group_size=64, rotate="r1,r2")
+    sound = logits(tmp_path / "out")
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.qweight"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, file)
+    assert drift(sound, logits(tmp_path / "out")) > 20 * HALF
+
+
+def test_equal_weights_are_those_of_an_engine_on_the_same_grid(model: Path, tmp_path: Path) -> None:
+    rqc.export(model, tmp_path / "out", group_size=32, clip="none")
+    options = {"target": "tensorrt-rtx", "portable": True, "dtype": "fp32", "embedding_bits": 32, "head_bits": 32}
+    rqc.compile(model, tmp_path / "e.plan", scheme="w4a16", rotate="none", clip="none", **options)
+    with rqc.load(tmp_path / "e.plan", backend="onnxruntime") as engine:
+        assert drift(engine.logits(IDS.tolist()), logits(tmp_path / "out")) < HALF
+
+
+def test_r1_unties_the_tables(tied: Path, tmp_path: Path) -> None:
+    rqc.export(tied, tmp_path / "plain", group_size=32)
+    rqc.export(tied, tmp_path / "turned", group_size=32, rotate="r1")
+    kept, untied = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "turned"))
+    assert kept["tie_word_embeddings"]
+    assert not untied["tie_word_embeddings"]
+    for name in ("plain", "turned"):
+        assert drift(float_logits(tied), logits(tmp_path / name)) < 0.35
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"rotate": "r1,r4"}, "online"), ({"rotate": "auto"}, "online"), ({"group_size": 256}, "whole groups")],
+)
+def test_what_the_format_cannot_hold_is_refused(
+    model: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RqcError, match=said):
+        rqc.export(model, tmp_path / "out", **{"group_size": 64, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_families_with_packed_checkpoints_are_refused(tmp_path: Path) -> None:
+    model = save_tiny("phi3", tmp_path / "model")
+    with pytest.raises(RqcError, match="packs its linears"):
+        rqc.export(model, tmp_path / "out", group_size=16)
