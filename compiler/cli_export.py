@@ -22,6 +22,9 @@ def export(
     rotation_seed: Annotated[int, typer.Option(help="Seed of the signs.")] = 0,
     clip: Annotated[str, typer.Option(help="none or mse.")] = "mse",
     adapter: Annotated[list[str] | None, typer.Option(metavar="DIR", help="A PEFT directory to fold in first.")] = None,
+    min_survival: Annotated[
+        float | None, typer.Option(help="Fail where rounding leaves less of the adapter in a linear.  [default: 0.5]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
 ) -> None:
     """Round a model to 4 bits and write it as a Hugging Face checkpoint that other runtimes read."""
@@ -40,7 +43,10 @@ def export(
             rotation_seed=rotation_seed,
             clip=clip,
             adapter=adapter or None,
+            min_survival=min_survival,
             progress=progress,
         ).to_json()
         text = f"directory     {report['directory']}\nlinears       {report['linears']} in 4 bits\n"
+        if report["survival"]:
+            text += f"survival      {min(report['survival'].values()):g} in the linear that keeps least\n"
         emit(report, f"{text}size          {size_text(report['size_bytes'])}", as_json)

@@ -24,6 +24,7 @@ from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, Progress, Silent
 from rqc.compiler.passlist import frame
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.survival import check_survival, fold_survival
 from rqc.compiler.tokenizer_files import TOKENIZER_FILES
 from rqc.models.algebra import folded_norms
 from rqc.models.checkpoint import read_config
@@ -33,7 +34,7 @@ from rqc.models.weights import Weight
 from rqc.passes.base import WEIGHT
 from rqc.passes.quantize import QuantizeLinears, quantized_of
 from rqc.runtime.directories import Part, new_directory, write_directory
-from rqc.runtime.errors import InputError, ResourceError, SchemeError, UnsupportedModelError
+from rqc.runtime.errors import CheckpointError, InputError, ResourceError, SchemeError, UnsupportedModelError
 
 BITS, CENTER = 4, 8
 FOLDING = ("r1", "r2")
@@ -44,12 +45,13 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """A checkpoint that was written: linears in 4 bits, bytes of all tensors."""
+    """A checkpoint that was written: linears in 4 bits, bytes of all tensors, what rounding left of an adapter."""
 
     directory: str
     format: str
     linears: int
     size_bytes: int
+    survival: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report with the keys of `rqc export --json`."""
@@ -58,6 +60,7 @@ class ExportReport:
             "format": self.format,
             "linears": self.linears,
             "size_bytes": self.size_bytes,
+            "survival": self.survival,
         }
 
 
@@ -70,13 +73,15 @@ def export_gptq(
     rotation_seed: int = 0,
     clip: str = "mse",
     adapter: Any = None,
+    min_survival: float | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Round a model directory to 4 bits in symmetric groups and write it as a GPTQ checkpoint in `output`.
 
     rotate: none, or a list of r1 and r2; R1 unties embedding and head. adapter: PEFT directories, whose sum is folded
     in first. Raises SchemeError (a rotation that has to be computed online, groups that do not divide), InputError,
-    UnsupportedModelError (a family whose checkpoint packs its linears otherwise), ResourceError (no space).
+    UnsupportedModelError (a family whose checkpoint packs its linears otherwise), ParityError (rounding leaves less
+    than min_survival, 0.5 if None, of an adapter in a linear), ResourceError (no space).
     """
     target, told = new_directory(output), progress or Silent()
     if (Path(model_dir)).is_file():
@@ -84,14 +89,18 @@ def export_gptq(
             f"{model_dir} is a file", hint="export reads the model directory that an engine was compiled from"
         )
     imported = import_model(model_dir)
-    values = {
+    values: dict[str, Any] = {
         "scheme": "w4a16",
         "group_size": group_size,
         "rotate": rotate,
         "rotation_seed": rotation_seed,
         "clip": clip,
     }
-    recipe, merge = open_adapter(Recipe.from_values({**values, "adapter": adapter}), imported, told)
+    values |= {"adapter": adapter, "min_survival": min_survival}
+    asked = Recipe.from_values(values)
+    if asked.switchable:
+        raise InputError("adapters with names, which a checkpoint cannot switch", hint="--adapter DIR without a name")
+    recipe, merge = open_adapter(asked, imported, told)
     recipe = _checked(recipe, imported)
     if merge is not None and merge.how != "fold":
         raise SchemeError(
@@ -102,6 +111,8 @@ def export_gptq(
     grid = Grid(BITS, recipe.group_size, True, recipe.clip, positive=True)
     passes = [*frame(recipe, imported.description, rotation, merge), QuantizeLinears(imported.description, grid)]
     Instruments(False, None, told).run(imported.model, passes)
+    survival = None if merge is None else fold_survival(imported.model, merge.folded, told)
+    check_survival(survival or {}, recipe.min_survival, "an engine with --merge branch")
     tensors = [*_tensors(imported.model), *_neutral_norms(imported, recipe)]
     parts, shards = _shards(tensors)
     settings = _config(imported, recipe)
@@ -119,7 +130,7 @@ def export_gptq(
     finally:
         forget()
     linears = sum(one.name.endswith(".qweight") for one in tensors)
-    return ExportReport(str(target), "gptq", linears, size)
+    return ExportReport(str(target), "gptq", linears, size, survival)
 
 
 def _checked(recipe: Recipe, imported: Imported) -> Recipe:
@@ -135,16 +146,26 @@ def _checked(recipe: Recipe, imported: Imported) -> Recipe:
         raise UnsupportedModelError(
             f"a {a.model_type} checkpoint packs its linears otherwise than the graph", hint="compile an engine instead"
         )
-    for claim in imported.description.claims:
-        n, k = imported.description.shape(claim)
-        group = k if recipe.group_size == -1 else recipe.group_size
-        if claim.quantized and (k % group or n % 8 or k % 8):
-            fits = [size for size in (256, 128, 64, 32, 16) if k % size == 0]
-            raise SchemeError(
-                f"{claim.weight} [{n}, {k}] in groups of {group}: GPTQ has whole groups and eight codes to a word",
-                hint=f"--group-size {fits[0]}" if fits and not n % 8 else "compile an engine instead",
-            )
+    _check_groups(imported, recipe.group_size)
     return replace(recipe, tied="untie") if a.tied and "r1" in rotation.sites else recipe
+
+
+def _check_groups(imported: Imported, group_size: int) -> None:
+    """Raise SchemeError where a linear has no whole groups or words, with a group size that all of them have."""
+    claims = [claim for claim in imported.description.claims if claim.quantized]
+    shapes = {claim.weight: imported.description.shape(claim) for claim in claims}
+
+    def unfit(size: int) -> list[str]:
+        return [name for name, (n, k) in shapes.items() if k % (k if size == -1 else size) or n % 8 or k % 8]
+
+    if names := unfit(group_size):
+        n, k = shapes[names[0]]
+        fit = [size for size in (256, 128, 64, 32, 16, -1) if not unfit(size)]
+        raise SchemeError(
+            f"{names[0]} [{n}, {k}] in groups of {k if group_size == -1 else group_size}: GPTQ has whole groups and "
+            "eight codes to a word",
+            hint=f"--group-size {fit[0]}" if fit else "compile an engine instead",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,9 +214,18 @@ def _linear(stem: str, quantized: LazyQuantized) -> Iterator[_Tensor]:
     yield _Tensor(
         f"{stem}.scales",
         2 * groups * n,
-        part(lambda q: np.ascontiguousarray(q.scales[:, :groups].T.astype(np.float16))),
+        part(lambda q: half_scales(stem, q.scales[:, :groups])),
     )
     yield _Tensor(f"{stem}.g_idx", 4 * k, lambda: (np.arange(k) // per_group).astype(np.int32))
+
+
+def half_scales(stem: str, scales: NDArray[np.float32]) -> NDArray[np.float16]:
+    """scales float16 [G, N]. Raises CheckpointError for one beyond float16."""
+    with np.errstate(over="ignore"):  # told below
+        half = np.ascontiguousarray(scales.T.astype(np.float16))
+    if not np.isfinite(half).all():
+        raise CheckpointError(f"{stem} has scales beyond float16, which the layout stores", hint="compile an engine")
+    return half
 
 
 def packed_codes(quantized: Quantized) -> NDArray[np.int32]:

@@ -13,11 +13,12 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
+from tiny_adapters import save_peft
 
 import rqc
 from rqc.compiler.importer import import_model
 from rqc.compiler.probe import drift, run_stage
-from rqc.runtime.errors import RqcError
+from rqc.runtime.errors import ParityError, RqcError
 
 HALF = 2e-3
 """What scales and tables in float16 may move."""
@@ -125,3 +126,33 @@ def test_families_with_packed_checkpoints_are_refused(tmp_path: Path) -> None:
     model = save_tiny("phi3", tmp_path / "model")
     with pytest.raises(RqcError, match="packs its linears"):
         rqc.export(model, tmp_path / "out", group_size=16)
+
+
+def test_the_way_out_is_a_group_size_that_every_linear_has(tmp_path: Path) -> None:
+    model = save_tiny("llama16", tmp_path / "model")  # 96 and 152 inputs
+    with pytest.raises(RqcError, match="groups of 128") as error:
+        rqc.export(model, tmp_path / "out")
+    assert error.value.hint == "--group-size -1"
+
+
+def test_an_adapter_is_not_rounded_away_in_silence(model: Path, tmp_path: Path) -> None:
+    strong, weak = save_peft(model, tmp_path / "strong"), save_peft(model, tmp_path / "weak", size=1e-6)
+    report = rqc.export(model, tmp_path / "out", group_size=64, adapter=strong, min_survival=0.4)
+    assert min((report.survival or {}).values()) > 0.4
+    with pytest.raises(ParityError, match="rounding leaves less") as error:
+        rqc.export(model, tmp_path / "lost", group_size=64, adapter=weak)
+    assert "--merge branch" in error.value.hint
+    assert not (tmp_path / "lost").exists()
+    rqc.export(model, tmp_path / "lost", group_size=64, adapter=weak, min_survival=-99.0)
+    with pytest.raises(RqcError, match="cannot switch"):
+        rqc.export(model, tmp_path / "switched", group_size=64, adapter={"poet": strong})
+
+
+def test_scales_that_the_layout_cannot_store_are_refused(tmp_path: Path) -> None:
+    model = save_tiny("qwen2", tmp_path / "model", **SIZES)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] *= 1e9
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RqcError, match=r"layers\.1\.mlp\.up_proj has scales beyond float16"):
+        rqc.export(model, tmp_path / "out", group_size=64)
+    assert not (tmp_path / "out").exists()
