@@ -37,7 +37,6 @@ def table_widths(recipe: Recipe, architecture: Architecture) -> dict[str, int]:
     A hidden size that no block divides keeps its tables in float32. Raises SchemeError for a width that was asked for
     and is none of this scheme's or this model's.
     """
-    asked = (recipe.embedding_bits, recipe.head_bits)
     widths = dict(zip((EMBEDDING, HEAD), recipe.table_bits(tied=architecture.tied), strict=True))
     possible = (*((4, 8) if recipe.scheme.quantized else ()), *_float_widths(recipe))
     for bits in widths.values():
@@ -47,11 +46,11 @@ def table_widths(recipe: Recipe, architecture: Architecture) -> dict[str, int]:
                 hint=f"this scheme stores them in {' or '.join(map(str, possible))} bits",
             )
     hidden = architecture.hidden_size
-    if table_grid_of(recipe, 8, hidden) is not None:
-        return widths
-    if any(bits is not None and bits < 16 for bits in asked):
+    unfit = [bits for bits in widths.values() if bits < 16 and table_grid_of(recipe, bits, hidden) is None]
+    if unfit and any(bits is not None and bits < 16 for bits in (recipe.embedding_bits, recipe.head_bits)):
+        fit = [str(bits) for bits in possible if bits >= 16 or table_grid_of(recipe, bits, hidden) is not None]
         raise SchemeError(
-            f"an embedding or head of {min(widths.values())} bits: no block divides the hidden size {hidden}",
-            hint="--embedding-bits and --head-bits 16 or 32",
+            f"an embedding or head of {min(unfit)} bits: no block divides the hidden size {hidden}",
+            hint=f"--embedding-bits and --head-bits {' or '.join(fit)}",
         )
-    return {name: 32 if bits < 16 else bits for name, bits in widths.items()}
+    return {name: 32 if bits in unfit else bits for name, bits in widths.items()}

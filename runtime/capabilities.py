@@ -43,7 +43,8 @@ def sm_obstacles(flavour: str, sms: tuple[int, ...], *, int4: bool) -> list[tupl
     if unknown:
         found.append((f"TensorRT-RTX does not build for {_told(unknown)}, only for {_told(SMS)}", DEVICE_WAY))
     if old:
-        found.append((f"TensorRT-RTX has no 4-bit weights on {_told(old)}", f"--scheme w8a16, or {DEVICE_WAY}"))
+        way = "--scheme w8a16, without tables of 4 bits"
+        found.append((f"TensorRT-RTX has no 4-bit weights on {_told(old)}", f"{way}; or {DEVICE_WAY}"))
     return found
 
 

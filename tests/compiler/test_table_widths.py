@@ -60,3 +60,15 @@ def test_a_hidden_size_without_a_block(tiny_model: TinyModel, tmp_path: Path) ->
         assert (file.manifest["embedding_bits"], file.manifest["head_bits"]) == (32, 32)
     with pytest.raises(SchemeError, match="divides the hidden size 90"):
         compile_engine(directory, engine, scheme="w4a16", rotate="none", embedding_bits=8)
+
+
+def test_a_hidden_size_without_a_block_on_tensorrt(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """8 bits have one scale per row there; 4 bits have blocks, and are refused rather than left in float."""
+    directory, engine = tiny_model("llama", hidden_size=90, head_dim=10), tmp_path / "engine.plan"
+    options = {"scheme": "w4a16", "rotate": "none", "target": "tensorrt-rtx", "portable": True}
+    with pytest.raises(SchemeError, match="4 bits: no block divides the hidden size 90") as error:
+        compile_engine(directory, engine, **options, embedding_bits=4)
+    assert error.value.hint == "--embedding-bits and --head-bits 8 or 16"
+    compile_engine(directory, engine, **options)
+    with EngineFile.open(engine) as file:
+        assert (file.manifest["embedding_bits"], file.manifest["head_bits"]) == (8, 8)
