@@ -53,6 +53,8 @@ def partition(model: ir.Model, watched: Collection[str] = ()) -> list[Part]:
             if value is None or value.is_initializer():
                 continue
             producer = value.producer()
+            if producer is not None and producer not in stages:
+                continue  # made of weights alone: each part that reads it makes it
             source = None if producer is None else stages[producer]
             if source != stage:
                 inputs[stage][value.name or ""] = None
@@ -70,17 +72,17 @@ def partition(model: ir.Model, watched: Collection[str] = ()) -> list[Part]:
 def _stages(model: ir.Model) -> dict[ir.Node, int]:
     """-1 before the layers, the layer's number inside one, the number of layers behind them.
 
-    A node that reads nothing but weights (a transposed table, 1 + w) belongs to its first reader; so does one whose
-    name tells no layer and that a layer reads (the casts of an expert's mask).
+    A node whose name tells no layer belongs to the layer that reads it, if one does (the casts of an expert's mask).
+    What is made of nothing but weights (a transposed table, 1 + w) has no stage.
     """
     numbers = [int(match[1]) for node in model.graph if (match := LAYER.search(node.name or ""))]
     behind = max(numbers) + 1
     stages: dict[ir.Node, int] = {}
-    constant = []
+    constant: set[ir.Node | None] = set()
     for node in model.graph:
         match = LAYER.search(node.name or "")
-        if match is None and all(value is None or value.is_initializer() for value in node.inputs):
-            constant.append(node)
+        if all(value is None or value.is_initializer() or value.producer() in constant for value in node.inputs):
+            constant.add(node)
             continue
         producers = [value.producer() for value in node.inputs if value is not None]
         before = max((stages.get(producer, -1) for producer in producers if producer is not None), default=-1)
@@ -89,8 +91,6 @@ def _stages(model: ir.Model) -> dict[ir.Node, int]:
         readers = [stages[user] for user, _ in (use for output in node.outputs for use in output.uses())]
         if stages[node] == behind and readers:
             stages[node] = min(readers)
-    for node in reversed(constant):
-        stages[node] = min(stages[user] for user, _ in node.outputs[0].uses())
     return stages
 
 

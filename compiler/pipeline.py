@@ -31,6 +31,7 @@ from rqc.runtime.container import EngineFile
 from rqc.runtime.engine_writer import EngineSummary, check_target
 from rqc.runtime.errors import InputError
 from rqc.runtime.plans import with_plans
+from rqc.runtime.replace_file import folder_beside
 
 
 @dataclass(frozen=True)
@@ -152,15 +153,13 @@ class _Made:
 def _write(output: Path, made: _Made, progress: Progress) -> EngineSummary:
     if made.recipe.target == "onnx" or made.recipe.portable:
         return _write_onnx(output, made, progress)
-    part = output.with_name(f"{output.name}.onnx-part")
-    try:
+    with folder_beside(check_target(output)) as folder:
+        part = Path(folder) / "engine.plan"
         _write_onnx(part, made, progress)
         progress.line(f"building a {made.recipe.target} plan")
         with EngineFile.open(part) as engine:
             plan = build_plan(engine, made.recipe.target, made.recipe.sm, made.recipe.profile, progress.advance)
             return with_plans(engine, output, [plan])
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _write_onnx(output: Path, made: _Made, progress: Progress) -> EngineSummary:

@@ -21,6 +21,7 @@ from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import ResourceError, TargetError
 from rqc.runtime.plans import BuiltPlan
 from rqc.runtime.profiles import Profile
+from rqc.runtime.replace_file import locked_folder
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 Progress = Callable[[str, int, int], None]
@@ -130,7 +131,7 @@ def _build(
     engine: EngineFile, job: dict[str, Any], graph: bytes, flavour: str, progress: Progress | None
 ) -> tuple[memoryview, str]:
     """(plan, version of the builder), from a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="rqc-build-") as folder:
+    with locked_folder("rqc-build-", tempfile.gettempdir()) as folder:
         place = Path(folder)
         (place / "engine.plan").symlink_to(engine.path)
         (place / "graph.onnx").write_bytes(graph)

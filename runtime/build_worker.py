@@ -17,10 +17,12 @@ import sys
 from typing import Any
 
 ADDR_NO_RANDOMIZE = 0x0040000
+PR_SET_PDEATHSIG, SIGKILL = 1, 9
 
 
 def main() -> None:
     _fix_addresses()
+    _die_with_parent()
     with open("job.json", encoding="utf-8") as file:
         job = json.load(file)
     with open("graph.onnx", "rb") as file:
@@ -44,6 +46,13 @@ def _fix_addresses() -> None:
     current = personality(0xFFFFFFFF)
     if current != -1 and not current & ADDR_NO_RANDOMIZE and personality(current | ADDR_NO_RANDOMIZE) != -1:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _die_with_parent() -> None:
+    """A compile that is killed takes its builder along."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, SIGKILL)
 
 
 class Refused(Exception):

@@ -8,6 +8,8 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -81,6 +83,49 @@ def remove_abandoned(path: str) -> list[str]:
         finally:
             os.close(descriptor)
     return removed
+
+
+def folder_beside(path: str) -> contextlib.AbstractContextManager[str]:
+    """A temporary folder beside the file at the real path `path`, for what becomes part of it; see `locked_folder`."""
+    return locked_folder(_stem(path), os.path.dirname(path))
+
+
+@contextlib.contextmanager
+def locked_folder(prefix: str, parent: str) -> Iterator[str]:
+    """A temporary folder in `parent` that vanishes at the end; those with this prefix that dead owners left vanish too.
+
+    Raises InputError if `parent` cannot be written to, ResourceError if the disk is full.
+    """
+    with explained(parent):
+        _remove_folders(prefix, parent)
+        while True:
+            folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            _lock(descriptor, wait=True)
+            if _is_at(descriptor, folder):
+                break
+            os.close(descriptor)  # another owner saw it before the lock was on it, and removed it
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_folders(prefix: str, parent: str) -> None:
+    for name in sorted(os.listdir(parent)):
+        if not name.startswith(prefix):
+            continue
+        left = os.path.join(parent, name)
+        try:
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:  # no folder, gone meanwhile, or another user's
+            continue
+        try:
+            if _lock(descriptor, wait=False) and _is_at(descriptor, left):
+                shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 class Replacement:

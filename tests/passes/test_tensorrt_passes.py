@@ -16,11 +16,12 @@ from tiny import MODELS, TinyModel
 from tiny_adapters import W4, Lines, basis_of, random_deltas, save_peft
 
 from rqc.compiler.adapters import open_adapter
+from rqc.compiler.calibrate import run_parts
 from rqc.compiler.importer import import_model
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.probe import drift, run_stage
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.targets import guards
+from rqc.compiler.targets import guards, tensorrt
 from rqc.compiler.targets.settle import settled
 from rqc.models.adapter import write_adapter
 from rqc.models.grid import Grid
@@ -321,3 +322,15 @@ def test_floats_beyond_half_precision_are_told_of(tiny_model: TinyModel) -> None
     with pytest.raises(TargetError, match=r"model\.norm\.weight has values beyond fp16") as raised:
         stored(model, "model.norm.weight")
     assert "bf16" in raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "gemma3"])
+def test_block_by_block_it_is_the_same_model(name: str, tiny_model: TinyModel) -> None:
+    """What chooses the frame: heads that read a table through its Transpose, more tokens than are scored at a time."""
+    imported, recipe = on_grid(tiny_model(name), scheme="w4a16")
+    ids = np.random.default_rng(0).integers(3, 96, 90)
+    whole = run_stage(imported.model, ids, threads=1)
+    for step in [*tensorrt.packing(recipe, imported.description), *tensorrt.by_blocks()]:
+        step(imported.model)
+    parts = run_parts(imported.model, ids[None], threads=1)
+    assert drift(whole, np.concatenate([values["logits"][0] for part, values in parts if part.name == "head"])) <= EXACT
