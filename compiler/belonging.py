@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rqc.compiler.precision import PRECISIONS, Precision
 from rqc.compiler.stored import StoredGraph, StoredLinear
 from rqc.compiler.stored_sides import StoredSide
 from rqc.models.delta import Delta, magnitude_ratio, row_norms
@@ -16,15 +17,12 @@ from rqc.models.grid import Grid, quantize
 from rqc.models.packing import Quantized, by_block
 from rqc.models.reference import Reference
 
-FLOAT_LIMITS = {"float32": 1e-6, "float16": 1e-3}
-"""Relative distance to which storing a weight as a float may move it: a fold's rounding, and half a unit of fp16."""
+FLOAT_LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
+"""Relative distance to which storing a weight as a float may move it: a fold's rounding, and a unit of its type."""
 MOST = 0.9
 """No grid moves a weight further; the weight of another model lies at √2."""
 TIE = 1e-3
 """Steps by which a code may be off the nearest one, and a zero point off an integer: ties fall either way."""
-SIDE_LIMIT = 2e-6
-"""Relative distance to which float32 may move an adapter's branch or correction."""
-
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
@@ -49,13 +47,15 @@ class Beside:
     """What an engine computes beside its linears, and what an adapter asks for there, by weight name.
 
     grid: the engine's, without its width. as_stored: the reference is to compute with base and side paths exactly as
-    they are stored (zero points moved, rows scaled), not with the base that they were made from.
+    they are stored (zero points moved, rows scaled), not with the base that they were made from. precision: that of
+    scales and side paths.
     """
 
     sides: Mapping[str, StoredSide] = field(default_factory=dict)
     deltas: Mapping[str, Delta] = field(default_factory=dict)
     grid: Mapping[str, Any] = field(default_factory=dict)
     as_stored: bool = False
+    precision: Precision = PRECISIONS["fp32"]
 
 
 def adopt_weights(
@@ -132,7 +132,7 @@ class _Adopted:
             found = [Belonging(self.name, distance, FLOAT_LIMITS[str(raw.dtype)])]
         else:
             distance = relative(self.original.dequantize(), wanted)
-            misplaced = misplaced_codes(self.original, wanted) + self.astray
+            misplaced = misplaced_codes(self.original, wanted, self.beside.precision) + self.astray
             found = [Belonging(self.name, distance, _allowed(self.original, wanted), misplaced)]
         return found if self.side is None else [*found, *self._judge_side(self.side)]
 
@@ -146,42 +146,52 @@ class _Adopted:
         return magnitude_ratio(self.delta.magnitude, row_norms(base + self.delta.dense()))
 
     def _offsets(self, shape: tuple[int, int], block: int) -> F64:
-        """What the adapter adds to each row and block [N, G], by the first column of its A in every block."""
-        if self.delta is None:
+        """What a merged adapter adds to each row and block [N, G], by the first column of its A in every block."""
+        if self.delta is None or (self.side is not None and self.side.branches):
             return np.zeros(shape)
         offsets: F64 = self.factors[:, None] * ((self.delta.scale * self.delta.b) @ self.delta.a[:, ::block])
         return offsets
 
     def _unmerged(self, stored: Quantized) -> Quantized:
-        """The weight with the zero points from which a merge moved: corr = D + s (zr − z). Counts the codes in blocks
-        where z is no integer."""
+        """The weight with the zero points that a correction stands for: corr = D + s (zr − z), D of a merged adapter.
+        Counts the codes in blocks where z is no integer."""
         assert self.side is not None
         s, moved = stored.scales.astype(np.float64), stored.stored_zero_points().astype(np.float64)
         offsets = self._offsets(s.shape, stored.block_size)
         rest = offsets - self.side.correction(s.shape)
         z = moved + np.divide(rest, s, out=np.zeros_like(s), where=s != 0)
         whole = np.clip(np.rint(z), 0, 255)
-        self.astray = int((np.abs(z - whole) > TIE).sum()) * stored.block_size
+        precision = self.beside.precision
+        stored_off = np.abs(self.side.correction(s.shape)) * precision.unit + precision.least
+        slack = np.divide(stored_off, s, out=np.zeros_like(s), where=s != 0)
+        slack = np.abs(slack) + np.abs(z - moved) * precision.of_scales(s)
+        self.astray = int((np.abs(z - whole) > TIE + slack).sum()) * stored.block_size
         return replace(stored, zero_points=whole.astype(np.uint8), padding=None)
 
     def _judge_side(self, side: StoredSide) -> list[Belonging]:
         """The branch against c B A, the correction against D + s (zr − z)."""
-        found = []
+        found, limit = [], self.beside.precision.side
         if side.branches:
             delta = np.zeros(self.wanted.shape) if self.delta is None else self.delta.dense()
             wanted = self.factors[:, None] * delta
-            found.append(Belonging(f"{self.name} branch", relative(side.branch(wanted.shape), wanted), SIDE_LIMIT))
+            found.append(Belonging(f"{self.name} branch", relative(side.branch(wanted.shape), wanted), limit))
         if side.corrections and isinstance(self.stored, Quantized) and self.original is not None:
             s = self.stored.scales.astype(np.float64)
             zeros = [one.stored_zero_points().astype(np.float64) for one in (self.stored, self.original)]
             offsets = self._offsets(s.shape, self.stored.block_size)
-            wanted, corrections = offsets + s * (zeros[0] - zeros[1]), side.correction(s.shape)
-            norm = float(np.linalg.norm(offsets))
-            off = float(np.linalg.norm(corrections - wanted))
-            # the sum is rounded to float32 once, and may be much larger than the offset in it
-            allowed = SIDE_LIMIT * (1 + float(np.linalg.norm(wanted)) / norm) if norm else SIDE_LIMIT
-            found.append(Belonging(f"{self.name} correction", off / norm if norm else float(off > 0), allowed))
+            wanted = offsets + s * (zeros[0] - zeros[1])
+            found.append(self._judge_correction(side.correction(s.shape), wanted, offsets))
         return found
+
+    def _judge_correction(self, found: F64, wanted: F64, offsets: F64) -> Belonging:
+        """Off by how much of what an adapter adds; where none was merged, of the correction itself."""
+        name, limit = f"{self.name} correction", self.beside.precision.side
+        norm = float(np.linalg.norm(offsets))
+        if not norm:
+            return Belonging(name, relative(found, wanted), limit)
+        # the sum is rounded once, and may be much larger than the offset in it
+        allowed = limit * (1 + float(np.linalg.norm(wanted)) / norm)
+        return Belonging(name, float(np.linalg.norm(found - wanted)) / norm, allowed)
 
 
 def _rows(quantized: Quantized, rows: slice) -> Quantized:
@@ -211,8 +221,11 @@ def _allowed(quantized: Quantized, wanted: F32) -> float:
     return min(MOST, max(float(np.sqrt(total)) / norm, 1e-6)) if norm else MOST
 
 
-def misplaced_codes(quantized: Quantized, wanted: F32) -> int:
-    """How many codes are not the grid's nearest to w: 0 after rounding to nearest, however its scales were chosen."""
+def misplaced_codes(quantized: Quantized, wanted: F32, precision: Precision = PRECISIONS["fp32"]) -> int:
+    """How many codes are not the grid's nearest to w: 0 after rounding to nearest, however its scales were chosen.
+
+    Codes were chosen by scales in float32: what storing these has moved is not held against them.
+    """
     low, high = Grid(quantized.bits, -1).code_range
     count = 0
     codes: NDArray[Any] = quantized.codes
@@ -220,7 +233,9 @@ def misplaced_codes(quantized: Quantized, wanted: F32) -> int:
     for (w, groups), (q, _) in zip(by_block(wanted, block), by_block(codes, block), strict=True):
         scale = quantized.scales[:, groups, None]
         zero = center if quantized.zero_points is None else quantized.zero_points[:, groups, None]
-        place = np.divide(w, scale, out=np.zeros_like(w), where=scale != 0) + zero
-        off = np.abs(np.clip(place, low, high) - q)
+        steps = np.divide(w, scale, out=np.zeros_like(w), where=scale != 0)
+        off = np.abs(np.clip(steps + zero, low, high) - q)
+        if precision.unit:
+            off -= np.abs(steps) * precision.of_scales(scale.astype(np.float64))
         count += int((off > 0.5 + TIE).sum())
     return count

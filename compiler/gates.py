@@ -6,15 +6,15 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from rqc.compiler.precision import PRECISIONS, Precision
 from rqc.compiler.scheme import Scheme
 from rqc.runtime.errors import InputError
 
-FAITHFUL_KL = 1e-6
-"""Nats per token up to which an engine counts as the same function as its PyTorch reference in float32."""
-EQUAL_CODES = 0.999
+FAITHFUL_KL = PRECISIONS["fp32"].kl
+"""Nats per token up to which two models in float32 count as the same function."""
 CODE_DISTANCE = 1.0
-LINEAR_ERROR = 1e-5
 KERNEL_ROUNDING = 2e-3
 """Error of a linear that rounds its 8-bit input: a thousandth of the codes off by one gives 6e-4, no rounding 6e-3."""
 PPL_FIDELITY = {8: 1.03, 6: 1.05, 4: 1.10}
@@ -54,9 +54,39 @@ class Gate:
         return {"name": self.name, "value": value, "limit": self.limit, "passed": self.passed}
 
 
-def check_limits(limits: Mapping[str, float], scheme: Scheme) -> None:
-    """Refuse gates that no engine of this scheme has. Raises InputError naming the known ones."""
-    known = [*MEASURES, *(name for name in faithful_limits(scheme) if name not in MEASURES)]
+@dataclass(frozen=True)
+class Terms:
+    """What the faithful gates of an engine depend on: scheme, float type, and where 8-bit activations are rounded, in
+    kernels out of sight or by the graph."""
+
+    scheme: Scheme
+    precision: Precision
+    in_kernels: bool
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Terms:
+        """Those of the engine with that manifest."""
+        scheme = Scheme.parse(str(manifest["scheme"]))
+        return cls(scheme, PRECISIONS[str(manifest.get("dtype") or "fp32")], manifest["target"] == "onnx")
+
+    def limits(self) -> dict[str, float]:
+        """The gates that always count and have one limit (that of `weights` depends on the layer's grid)."""
+        bits = self.scheme.activation_bits
+        if not self.scheme.quantizes_activations:
+            return {"mean_kl": self.precision.kl}
+        return {
+            "equal_codes": self.precision.codes[bits],
+            "code_distance": CODE_DISTANCE,
+            "linear_error": self.precision.linear,
+            **({"kernel_rounding": KERNEL_ROUNDING} if bits == 8 and self.in_kernels else {}),
+            "ppl_fidelity": PPL_FIDELITY[bits],
+        }
+
+
+def check_limits(limits: Mapping[str, float], terms: Terms) -> None:
+    """Refuse gates that no such engine has. Raises InputError naming the known ones."""
+    scheme, faithful = terms.scheme, terms.limits()
+    known = [*MEASURES, *(name for name in faithful if name not in MEASURES)]
     for name, limit in limits.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
@@ -64,36 +94,23 @@ def check_limits(limits: Mapping[str, float], scheme: Scheme) -> None:
             raise InputError(f"unknown gate {name!r} for scheme {scheme}", hint=hint)
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or math.isnan(limit):
             raise InputError(f"gate {name} has the limit {limit!r}", hint="a limit is a number")
-        fixed = faithful_limits(scheme).get(name)
+        fixed = faithful.get(name)
         if fixed is not None and (limit < fixed if name in AT_LEAST else limit > fixed):
             raise InputError(
                 f"gate {name}={limit:g} is looser than the fixed {fixed:g}", hint="it can only be tightened"
             )
 
 
-def faithful_limits(scheme: Scheme) -> dict[str, float]:
-    """The gates that always count for a scheme and have one limit (that of `weights` depends on the layer's grid)."""
-    if not scheme.quantizes_activations:
-        return {"mean_kl": FAITHFUL_KL}
-    return {
-        "equal_codes": EQUAL_CODES,
-        "code_distance": CODE_DISTANCE,
-        "linear_error": LINEAR_ERROR,
-        **({"kernel_rounding": KERNEL_ROUNDING} if scheme.activation_bits == 8 else {}),
-        "ppl_fidelity": PPL_FIDELITY[scheme.activation_bits],
-    }
-
-
 def judge(
-    scheme: Scheme, faithful: Mapping[str, float], measured: Mapping[str, float], limits: Mapping[str, float]
+    terms: Terms, faithful: Mapping[str, float], measured: Mapping[str, float], limits: Mapping[str, float]
 ) -> list[Gate]:
     """Verdicts on the faithful values (the scheme's limits, or the user's tighter ones), then on what else is gated.
 
     `ppl_ratio` is always there: with the user's limit, which counts, or with the scheme's expectation, which does not.
     """
-    fixed = faithful_limits(scheme)
+    fixed = terms.limits()
     gates = [Gate(name, faithful[name], limits.get(name, limit)) for name, limit in fixed.items()]
-    expected = limits.get("ppl_ratio", QUALITY.get(scheme.name))
+    expected = limits.get("ppl_ratio", QUALITY.get(terms.scheme.name))
     gates.append(Gate("ppl_ratio", measured["ppl_ratio"], expected, counts="ppl_ratio" in limits))
     extra = [name for name in limits if name not in fixed and name != "ppl_ratio"]
     return gates + [Gate(name, measured[name], limits[name]) for name in extra]

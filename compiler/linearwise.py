@@ -4,8 +4,8 @@ The reference runs once and is recorded. What lies between the engine's linears 
 Hadamards, activation functions, the grid) is cut out of its graph and fed with the reference's outputs of every linear;
 the inputs that it makes of them must lie on the same codes. Then each linear runs alone, on the reference's codes.
 
-An adapter's side paths read x as it is at 8 bits, and are part of what lies between the linears. At 6 and 4 bits they
-read the rounded x, and an error would travel through them: there they are part of their linear.
+Side paths (an adapter's, or the correction of a grid's zero points) that read x as it is are part of what lies between
+the linears. Through those that read the rounded x an error would travel: they are part of their linear.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 
 from rqc.compiler.belonging import relative
 from rqc.compiler.probe import feed
+from rqc.compiler.rounding import Rounding
 from rqc.compiler.stored import StoredGraph, StoredLinear
-from rqc.models.description import EMBEDDING, HEAD
-from rqc.models.fake_quant import ActivationGrid, Recording, quantize_inputs, recording
+from rqc.models.description import EMBEDDING
+from rqc.models.fake_quant import ActivationGrid, Recording, StaticGrid, recording
 from rqc.models.reference import Reference
+from rqc.passes.scatter_cache import CAPACITY
+from rqc.runtime.backends.session import compute_as_written
 
 F32 = NDArray[np.float32]
 
@@ -34,7 +38,8 @@ class LinearParity:
     """One linear of the engine.
 
     elements: of its input; equal: share of their codes that agree; distance: codes by which the furthest is off;
-    error: ‖y − y_ref‖ / ‖y_ref‖ on equal codes, or the same of its input where that is not rounded and off further;
+    error: ‖y − y_ref‖ / ‖y_ref‖ on equal codes, or the same of its input where that is not rounded and off further, or
+    of its distance from the grid where the graph rounds it;
     rounded: the same of y where the engine rounds its own input, which a kernel does out of sight.
     """
 
@@ -46,57 +51,33 @@ class LinearParity:
     rounded: float
 
 
-def activation_grids(stored: StoredGraph, bits: int) -> dict[str, ActivationGrid]:
-    """The grid of each quantized linear's input, by its name in the manifest.
-
-    8 bits: per token and block of the weight, for the head too (MatMulNBits at accuracy level 4). Fewer: per token, and
-    the head reads floats.
-    """
-    grids = {}
-    for label, linear in stored.linears.items():
-        if linear.quantized and label != EMBEDDING and (bits == 8 or label != HEAD):
-            block = linear.nodes[0].attributes["block_size"].as_int() if bits == 8 else -1
-            grids[label] = ActivationGrid(bits, block)
-    return grids
-
-
-def quantize_activations(stored: StoredGraph, reference: Reference, bits: int) -> None:
-    """Let the reference round what its linears read, on the grids that the engine has.
-
-    8 bits: a kernel rounds, and what runs beside its linear reads x as it is. Fewer: the graph rounds for both.
-    """
-    grids = {
-        name: grid for label, grid in activation_grids(stored, bits).items() for name in stored.linears[label].names
-    }
-    quantize_inputs(reference, grids, linear_alone=bits == 8)
-
-
 def compare_linears(
-    stored: StoredGraph, reference: Reference, ids: NDArray[np.int64], bits: int, threads: int
+    stored: StoredGraph, reference: Reference, ids: NDArray[np.int64], rounding: Rounding, threads: int
 ) -> list[LinearParity]:
     """Every quantized linear of the engine against a reference with the engine's weights and rounded activations."""
     linears = [linear for label, linear in stored.linears.items() if linear.quantized and label != EMBEDDING]
-    ends = {linear.label: _ends(linear, bits) for linear in linears}
+    ends = {linear.label: _ends(linear, rounding) for linear in linears}
     joined = [name for linear in linears if ends[linear.label] == [linear.joined] for name in linear.names]
     with recording(reference, [name for linear in linears for name in linear.names], wrapped=joined) as record:
         logits = reference.logits(ids)
     found = _between(stored, linears, ends, record, ids, threads)
-    grids = activation_grids(stored, bits)
-    checks = [
-        _linear(stored, linear, ends[linear.label], record, found, grids.get(linear.label), threads)
-        for linear in linears
-    ]
+    grids = rounding.grids(stored)
+    checks = []
+    for linear in linears:
+        seen = _Seen(record.inputs[linear.names[0]], _output(record, linear), found[_name(linear.input)])
+        session = _session(stored, [_name(linear.input)], [_name(value) for value in ends[linear.label]], threads)
+        checks.append(_linear(linear.label, session, seen, grids.get(linear.label), rounding.by_kernel))
     scores = found.get("logits")
     if scores is not None:
         checks.append(LinearParity("logits", scores.size, 1.0, 0, relative(scores, logits), 0.0))
     return checks
 
 
-def _ends(linear: StoredLinear, bits: int) -> list[ir.Value]:
-    """Values whose sum is what a linear writes: below 8 bits with what an adapter adds, if that is a value of the graph
-    and comes of the same x."""
+def _ends(linear: StoredLinear, rounding: Rounding) -> list[ir.Value]:
+    """Values whose sum is what a linear writes: with what runs beside it, if that reads the rounded x too and the sum
+    is a value of the graph."""
     joined = linear.joined
-    return linear.outputs if bits == 8 or joined is None or not _comes_of(joined, linear.input) else [joined]
+    return linear.outputs if rounding.alone or joined is None or not _comes_of(joined, linear.input) else [joined]
 
 
 def _comes_of(value: ir.Value, source: ir.Value) -> bool:
@@ -125,42 +106,60 @@ def _between(
     given: dict[str, F32] = {}
     for linear in linears:
         first, *others = (_name(value) for value in ends[linear.label])
-        given[first] = _output(record, linear)[None]
+        given[first] = _output(record, linear)[None].astype(_type(ends[linear.label][0]))
         given |= {name: np.zeros_like(given[first]) for name in others}
     wanted = {_name(linear.input) for linear in linears} | {"logits"}
     graph = stored.model.graph
-    shapes = {_name(value): [d if isinstance(d, int) else None for d in value.shape or ()] for value in graph.inputs}
-    rest = {name: feed(name, shape, ids[None]) for name, shape in shapes.items()}
+    rest = {_name(value): _fed(value, ids) for value in graph.inputs}
     session = _session(stored, [*rest, *given], sorted(wanted - given.keys()), threads)
     outputs = [item.name for item in session.get_outputs()]
     results = session.run(outputs, {**given, **rest})
     return {name: array.reshape(-1, array.shape[-1]) for name, array in zip(outputs, results, strict=True)}
 
 
+def _fed(value: ir.Value, ids: NDArray[np.int64]) -> NDArray[Any]:
+    """An input of the graph for one whole sequence with an empty past, in a cache that just holds it."""
+    shape = [d if isinstance(d, int) else len(ids) if str(d) == CAPACITY else None for d in value.shape or ()]
+    fed = feed(_name(value), shape, ids[None])
+    return fed.astype(_type(value)) if fed.dtype.kind == "f" else fed
+
+
+def _type(value: ir.Value) -> np.dtype[Any]:
+    return (value.dtype or ir.DataType.FLOAT).numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a linear of the reference read, x, and wrote, y; and what the engine's reads, where all write that."""
+
+    x: F32
+    y: F32
+    engine_x: NDArray[Any]
+
+
 def _linear(
-    stored: StoredGraph,
-    linear: StoredLinear,
-    ends: list[ir.Value],
-    record: Recording,
-    found: dict[str, F32],
-    grid: ActivationGrid | None,
-    threads: int,
+    name: str,
+    session: ort.InferenceSession,
+    seen: _Seen,
+    grid: ActivationGrid | StaticGrid | None,
+    by_kernel: bool,
 ) -> LinearParity:
-    x, y = record.inputs[linear.names[0]], _output(record, linear)
-    engine_x = found[_name(linear.input)]
-    session = _session(stored, [_name(linear.input)], [_name(value) for value in ends], threads)
-    error = relative(_alone(session, x), y)
+    x, y, engine_x = seen.x, seen.y, seen.engine_x
+    error = relative(_alone(session, x.astype(engine_x.dtype)), y)
     if grid is None:
-        return LinearParity(linear.label, x.size, 1.0, 0, max(error, relative(engine_x, x)), 0.0)
+        return LinearParity(name, x.size, 1.0, 0, max(error, relative(engine_x, x)), 0.0)
     off = np.abs(grid.codes(engine_x).astype(np.int16) - grid.codes(x))
     rounded = relative(_alone(session, engine_x), y)
-    return LinearParity(linear.label, x.size, float((off == 0).mean()), int(off.max()), error, rounded)
+    if not by_kernel:  # what the graph has rounded lies on the grid
+        wide = engine_x.astype(np.float32)
+        error = max(error, relative(wide, grid.round(torch.from_numpy(wide)).numpy()))
+    return LinearParity(name, x.size, float((off == 0).mean()), int(off.max()), error, rounded)
 
 
 def _alone(session: ort.InferenceSession, x: F32) -> NDArray[Any]:
     """y [tokens, out] of a linear in a session of its own, its planes added up, for x [tokens, in]."""
     planes = session.run(None, {session.get_inputs()[0].name: x[None]})
-    return np.asarray(sum(plane[0] for plane in planes))
+    return np.asarray(sum(plane[0].astype(np.float32) for plane in planes))
 
 
 def _output(record: Recording, linear: StoredLinear) -> F32:
@@ -172,13 +171,15 @@ def _session(stored: StoredGraph, inputs: Sequence[str], outputs: Sequence[str],
     graph = ir.convenience.extract(stored.model.graph, inputs, outputs)
     for value in (*graph.inputs, *graph.outputs):
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
-    model = ir.Model(graph, ir_version=stored.model.ir_version)
+    model = ir.to_proto(ir.Model(graph, ir_version=stored.model.ir_version)).SerializeToString()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", stored.file.directory)
-    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    if stored.file.manifest["target"] != "onnx":
+        compute_as_written(options, model)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _name(value: ir.Value) -> str:

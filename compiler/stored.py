@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rqc.compiler.stored_codes import BLOCK_OPS, StoredPlane, dequantize_of, padding_of
 from rqc.models.description import EMBEDDING
-from rqc.models.packing import U8, Quantized, unpack
+from rqc.models.packing import U8, Quantized
 from rqc.passes.base import JOIN, LINEAR
+from rqc.passes.pack import bias_add
 from rqc.runtime.backends.graph_io import GATES
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError
 
-BLOCK_OPS = ("MatMulNBits", "GatherBlockQuantized")
 HINT = "compile the engine again"
 
 
@@ -33,8 +35,8 @@ class StoredLinear:
 
     @property
     def quantized(self) -> bool:
-        """Whether its weight is stored in blocks of codes."""
-        return self.nodes[0].op_type in BLOCK_OPS
+        """Whether its weight is stored as codes."""
+        return self.nodes[0].op_type in BLOCK_OPS or dequantize_of(self.nodes[0]) is not None
 
     @property
     def label(self) -> str:
@@ -43,15 +45,16 @@ class StoredLinear:
 
     @property
     def input(self) -> ir.Value:
-        """x, as the kernel gets it (token ids for the embedding)."""
-        value = self.nodes[0].inputs[1 if self.names == (EMBEDDING,) else 0]
+        """x, as the kernel gets it but for zeros that fill blocks (token ids for the embedding)."""
+        node = self.nodes[0]
+        value = node.inputs[1] if self.names == (EMBEDDING,) else (padding_of(node) or node).inputs[0]
         assert value is not None
         return value
 
     @property
     def outputs(self) -> list[ir.Value]:
         """Values whose sum is y = x Wᵀ + b: one for each plane (what adds them may be fused with what follows)."""
-        return [node.outputs[0] for node in self.nodes]
+        return [(bias_add(node) or node).outputs[0] for node in self.nodes]
 
     @property
     def joined(self) -> ir.Value | None:
@@ -93,7 +96,8 @@ class StoredGraph:
 
     def quantized(self, linear: StoredLinear, bits: int) -> Quantized:
         """Codes, scales and zero points of a linear in blocks, its planes put together; bits: the width of its grid."""
-        planes = [self._plane(node, bits) for node in linear.nodes]
+        block = self.block(linear)
+        planes = [StoredPlane(node, bits, block, self.array).quantized() for node in linear.nodes]
         if len(planes) == 1:
             return planes[0]
         high, low = sorted(planes, key=lambda plane: -float(np.abs(plane.scales).sum()))
@@ -101,6 +105,14 @@ class StoredGraph:
             raise EngineFormatError(f"{linear.label}: its two planes do not fit together", hint=HINT)
         codes, zeros = 16 * high.codes + low.codes, 16 * _zeros(high) + _zeros(low)
         return Quantized(codes, low.scales, zeros, bits, 8, low.block_size)
+
+    def block(self, linear: StoredLinear) -> int:
+        """Inputs that share a scale or a zero point, of a linear whose weight is stored as codes."""
+        attribute = linear.nodes[0].attributes.get("block_size")
+        if attribute is not None:
+            return attribute.as_int()
+        rows = self.file.manifest["layers"]
+        return next(int(row["block_size"]) for row in rows if row["name"] == linear.label)
 
     def floats(self, linear: StoredLinear) -> NDArray[np.generic]:
         """The weight [out, in] of a linear that is stored as floats, in the type of the file."""
@@ -111,27 +123,12 @@ class StoredGraph:
         transposed = node.op_type == "MatMul" and (producer is None or producer.op_type != "Transpose")
         return stored.T if transposed else stored
 
-    def _plane(self, node: ir.Node, bits: int) -> Quantized:
-        storage, block = node.attributes["bits"].as_int(), node.attributes["block_size"].as_int()
-        if node.op_type == "MatMulNBits":
-            codes, scales, zeros = node.inputs[1], node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
-            width = node.attributes["K"].as_int()
-        else:
-            codes, scales, zeros = node.inputs[0], node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
-            width = -1
-        packed, steps = self.array(codes), np.asarray(self.array(scales), np.float32)
-        unpacked = unpack(packed.reshape(len(packed), -1).view(np.uint8), storage)
-        steps = steps.reshape(len(unpacked), -1)
-        points = np.full(steps.shape, 1 << (storage - 1), np.uint8)
-        if zeros is not None:
-            points = unpack(self.array(zeros).reshape(len(unpacked), -1).view(np.uint8), storage)[:, : steps.shape[1]]
-        return Quantized(unpacked[:, :width] if width > 0 else unpacked, steps, points, bits, storage, block)
-
     def array(self, value: ir.Value | None) -> NDArray[np.generic]:
         """An initializer's values, from the mapped file or, if it is small, from the graph."""
         assert value is not None
         if value.name in self.file.tensors:
-            return self.file.tensor(value.name)
+            stored = self.file.tensor(value.name)
+            return stored.view(ml_dtypes.bfloat16) if value.dtype == ir.DataType.BFLOAT16 else stored
         if value.const_value is None:
             raise EngineFormatError(f"{self.file.path}: {value.name} is no stored tensor", hint=HINT)
         return value.const_value.numpy()
@@ -152,8 +149,10 @@ def _zeros(plane: Quantized) -> U8:
 
 
 def _table(node: ir.Node) -> ir.Value | None:
-    """The initializer that a Gather takes the embedding's rows from, maybe through a Cast; None for other gathers."""
+    """The initializer that a Gather takes the embedding's rows from, maybe through a Cast or a DequantizeLinear; None
+    for other gathers."""
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
-    source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
+    behind = producer is not None and producer.op_type in ("Cast", "DequantizeLinear")
+    source = producer.inputs[0] if producer is not None and behind else value
     return source if source is not None and (source.name or "").startswith(EMBEDDING) else None

@@ -17,13 +17,15 @@ from rqc.compiler.adapted import Adapted, check_presence
 from rqc.compiler.adapter_bases import short
 from rqc.compiler.adapter_sources import RESERVED, AdapterOption, AdapterSource, parse_sources
 from rqc.compiler.belonging import Belonging, Beside, adopt_weights
-from rqc.compiler.gates import FAITHFUL_KL, Gate, check_limits, judge
-from rqc.compiler.linearwise import compare_linears, quantize_activations, worst
+from rqc.compiler.gates import FAITHFUL_KL, Gate, Terms, check_limits, judge
+from rqc.compiler.linearwise import compare_linears, worst
+from rqc.compiler.merge import FOLD
 from rqc.compiler.parity import Divergence, Ids, Logits, compare, cut, perplexity
+from rqc.compiler.rounding import Rounding
 from rqc.compiler.scheme import Scheme
-from rqc.compiler.side_modules import compute_as_stored
+from rqc.compiler.side_modules import compute_as_stored, wrap_corrected
 from rqc.compiler.stored import StoredGraph
-from rqc.compiler.stored_sides import read_sides
+from rqc.compiler.stored_sides import StoredSide, read_sides
 from rqc.compiler.text import parity_text, read_text
 from rqc.models.algebra import dimensions
 from rqc.models.checkpoint import Checkpoint
@@ -125,8 +127,8 @@ def verify_engine(
             f"{tokens} tokens in windows of {window}", hint="a token is predicted from another: give 2 or more"
         )
     with EngineFile.open(engine, check=True) as file:
-        scheme = Scheme.parse(str(file.manifest["scheme"]))
-        check_limits(gates or {}, scheme)
+        terms = Terms.of(file.manifest)
+        check_limits(gates or {}, terms)
         _same_model(file, model_dir)
         sources = parse_sources(adapter)
         check_presence(file, sources)
@@ -142,7 +144,7 @@ def verify_engine(
                 return Adapted.open(file, model_dir, chosen, reference.description)
 
             def run(adapted: Adapted | None, name: str | None = None) -> ParityReport:
-                return _Verification(file, loaded, reference, scheme, windows, gates or {}, adapted, name).run(tokens)
+                return _Verification(file, loaded, reference, terms, windows, gates or {}, adapted, name).run(tokens)
 
             if not loaded.adapters:
                 return run(opened(sources) if sources else None)
@@ -158,7 +160,7 @@ class _Verification:
     file: EngineFile
     engine: Engine
     reference: Reference
-    scheme: Scheme
+    terms: Terms
     windows: list[Ids]
     limits: Mapping[str, float]
     adapted: Adapted | None = None
@@ -167,8 +169,14 @@ class _Verification:
     weights: list[Belonging] = field(default_factory=list)
     frame_gates: list[Gate] = field(default_factory=list)
 
+    @property
+    def scheme(self) -> Scheme:
+        return self.terms.scheme
+
     def run(self, asked: int) -> ParityReport:
         rotation, tied = self._frame()
+        if self.file.manifest["target"] != "onnx":
+            self.notes.append(_told(self.engine.backend, self.scheme))
         used = sum(len(ids) for ids in self.windows)
         if used < asked:
             self.notes.append(f"{used} tokens compared, {asked} asked for: the text is shorter")
@@ -189,10 +197,11 @@ class _Verification:
         """A scheme that quantizes activations: linear by linear and in perplexity; its logits against the float
         model's."""
         measured = compare(self.windows, self.reference.logits, self._scores)
-        stored, bits = StoredGraph.read(self.file, self.chosen), self.scheme.activation_bits
+        stored = StoredGraph.read(self.file, self.chosen)
+        rounding = Rounding.of(stored, self.scheme.activation_bits)
         self._adopt(stored, rotation, tied)
-        quantize_activations(stored, self.reference, bits)
-        checks = compare_linears(stored, self.reference, self.windows[0][:PROBE_TOKENS], bits, self.engine.threads)
+        rounding.let_round(stored, self.reference)
+        checks = compare_linears(stored, self.reference, self.windows[0][:PROBE_TOKENS], rounding, self.engine.threads)
         self.notes.extend(worst(checks))
         same = perplexity(self.windows, self.reference.logits)
         elements = sum(check.elements for check in checks)
@@ -231,32 +240,42 @@ class _Verification:
         linears. Without, that is left to peft.
         """
         sides = read_sides(stored, {name: len(part.weight) for name, part in self.reference.parts.items()})
-        deltas = {}
+        manifest, deltas = self.file.manifest, {}
         if self.adapted is None:
-            self.reference.rotate(rotation, tied=tied)
+            self.reference.fold(rotation, tied=tied)
+            self._turn_online(sides, rotation, tied)
         else:
-            deltas = self._into_frame(self.adapted, sides.keys(), rotation, tied)
-        manifest = self.file.manifest
+            deltas = self._into_frame(self.adapted, sides, rotation, tied)
         grid = {name: manifest[name] for name in ("group_size", "symmetric", "clip")}
+        grid["positive"] = manifest.get("positive_scales", False)
         as_stored = self.scheme.quantizes_activations
         bits = {row["name"]: int(row["bits"]) for row in manifest["layers"] if "bits" in row}
-        self.weights = adopt_weights(stored, self.reference, bits, Beside(sides, deltas, grid, as_stored))
+        beside = Beside(sides, deltas, grid, as_stored, self.terms.precision)
+        self.weights = adopt_weights(stored, self.reference, bits, beside)
         if as_stored:
             compute_as_stored(stored, self.reference, sides)
 
     def _into_frame(
-        self, adapted: Adapted, beside: Collection[str], rotation: Rotation, tied: bool
+        self, adapted: Adapted, sides: Mapping[str, StoredSide], rotation: Rotation, tied: bool
     ) -> dict[str, Delta]:
         """Take the PEFT model into the engine's frame, with a gate on it; what it adds beside its linears there."""
+        folded = self.file.manifest["adapter"]["merge"] == FOLD  # what is beside then is the grid's own correction
+        beside: Collection[str] = () if folded else sides.keys()
         ids = self.windows[0][:PROBE_TOKENS]
         trained = self.reference.logits(ids)
         self.reference = adapted.framed(rotation, tied=tied, beside=beside)
         deltas = adapted.beside(self.reference, beside)
-        self.reference.rotate_online(rotation, tied=tied)
+        self._turn_online(sides, rotation, tied)
         if adapted.base_is_float:
             divergence, _, _ = compare([ids], lambda _: trained, lambda ids: iter([self.reference.logits(ids)]))
             self.frame_gates.append(Gate("adapter_kl", divergence.mean_kl, FAITHFUL_KL))
         return deltas
+
+    def _turn_online(self, sides: Mapping[str, StoredSide], rotation: Rotation, tied: bool) -> None:
+        """The online half of the rotation, in front of what runs beside linears too."""
+        if self.scheme.quantizes_activations:
+            wrap_corrected(self.reference, sides)
+        self.reference.rotate_online(rotation, tied=tied)
 
     def _report(
         self,
@@ -273,7 +292,7 @@ class _Verification:
             "ppl_engine": ppl_engine,
             "ppl_ratio": ppl_engine / ppl_reference,
         }
-        gates = [*self.frame_gates, *self._weight_gates(), *judge(self.scheme, faithful, values, self.limits)]
+        gates = [*self.frame_gates, *self._weight_gates(), *judge(self.terms, faithful, values, self.limits)]
         return ParityReport(
             used,
             divergence.max_abs,
@@ -309,6 +328,14 @@ def _same_model(file: EngineFile, model_dir: str | Path) -> None:
             f"{file.path} was compiled from the model {short(recorded)}, {model_dir} holds {short(found)}",
             hint="give the directory that the engine was compiled from",
         )
+
+
+def _told(backend: str, scheme: Scheme) -> str:
+    """What of an engine for TensorRT was compared."""
+    if backend != "tensorrt":
+        return "the engine's ONNX part was compared, run by ONNX Runtime: not a TensorRT plan"
+    linears = ", its linears in the ONNX part, run by ONNX Runtime" if scheme.quantizes_activations else ""
+    return f"the engine's TensorRT plan was compared{linears}"
 
 
 def _text(text: str | Path | None) -> str:

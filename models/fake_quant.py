@@ -36,6 +36,22 @@ class ActivationGrid:
         return torch.from_numpy(fake_quantize_activations(x.numpy(), self.block, self.bits))
 
 
+@dataclass(frozen=True)
+class StaticGrid:
+    """Symmetric and static: int8 codes, one scale for the whole tensor; what lies beyond them is cut off."""
+
+    scale: float
+
+    def codes(self, x: F32) -> NDArray[np.int8]:
+        """int8 codes of x; x that lies on the grid keeps its codes."""
+        codes = np.rint(np.asarray(x, np.float32) / np.float32(self.scale))
+        return np.asarray(np.clip(codes, -128, 127), np.int8)
+
+    def round(self, x: Tensor) -> Tensor:
+        """x on the grid."""
+        return torch.from_numpy(self.codes(x.numpy()).astype(np.float32) * np.float32(self.scale))
+
+
 class _StraightThrough(torch.autograd.Function):
     """Rounding forward, the identity backward: this grid clips nothing, so no gradient is cut."""
 
@@ -88,7 +104,9 @@ def round_inputs_ste(reference: Reference, grids: Mapping[str, ActivationGrid], 
         module.register_forward_pre_hook(lambda _, args, grid=grid: (fake_quantize_ste(args[0], grid), *args[1:]))
 
 
-def quantize_inputs(reference: Reference, grids: Mapping[str, ActivationGrid], *, linear_alone: bool = False) -> None:
+def quantize_inputs(
+    reference: Reference, grids: Mapping[str, ActivationGrid | StaticGrid], *, linear_alone: bool = False
+) -> None:
     """Round what the named linears read, behind the rotation before them if any. Parts of one module share a grid.
 
     linear_alone: what runs beside a linear in a wrapper, such as an adapter, reads x as it is.
@@ -106,10 +124,10 @@ def quantize_inputs(reference: Reference, grids: Mapping[str, ActivationGrid], *
 class _Memo:
     """The last rounded input: q, k and v, gate and up read the same tensor one after the other."""
 
-    key: tuple[Tensor, ActivationGrid] | None = None
+    key: tuple[Tensor, ActivationGrid | StaticGrid] | None = None
     value: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def round(self, x: Tensor, grid: ActivationGrid) -> Tensor:
+    def round(self, x: Tensor, grid: ActivationGrid | StaticGrid) -> Tensor:
         if self.key is None or self.key[0] is not x or self.key[1] != grid:
             self.key, self.value = (x, grid), grid.round(x)
         return self.value

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from rqc.models.quantized import LazyQuantized, Update
-from rqc.passes.base import OFFSET, SUMS, AdapterPass, constant, initializer, insert_after
+from rqc.passes.base import OFFSET, SUMS, AdapterPass, constant, initializer
 from rqc.passes.quantize import quantize_again
 from rqc.passes.side_paths import F32, addressed, dequantize_of, join, lazy_of, product, side_tensor, updated
 from rqc.runtime.errors import SchemeError
@@ -46,10 +46,10 @@ def correct(model: ir.Model, node: ir.Node, name: str, merged: LazyQuantized, fa
     """y ← y + P_g(x) factor, factor [G, N], behind a linear whose weight is `merged`."""
     x = node.inputs[0]
     assert x is not None
-    sums = _sums(model, node, x, name, merged)
+    nodes, sums = _sums(model, x, name, merged)
     scope = f"{name.removesuffix('.weight')}/correction"
     correction = product(sums, factor, scope, OFFSET, name)
-    join(node, [correction], correction.outputs[0], scope)
+    join(node, [*nodes, correction], correction.outputs[0], scope)
 
 
 def offset_tensor(model: ir.Model, name: str, merged: LazyQuantized) -> ir.Value:
@@ -61,8 +61,8 @@ def offset_tensor(model: ir.Model, name: str, merged: LazyQuantized) -> ir.Value
     return side_tensor(model, name, (merged.groups, merged.shape[0]), value, merged, merged)
 
 
-def _sums(model: ir.Model, anchor: ir.Node, x: ir.Value, name: str, merged: LazyQuantized) -> ir.Value:
-    """P_g(x) [batch, sequence, G]: the sums that are there for this x and block, or new ones behind the linear."""
+def _sums(model: ir.Model, x: ir.Value, name: str, merged: LazyQuantized) -> tuple[list[ir.Node], ir.Value]:
+    """P_g(x) [batch, sequence, G]: the sums that are there for this x and block, or nodes that compute them."""
     block, groups, width = merged.block, merged.groups, merged.shape[1]
     wanted = f"{x.name}.sums_{block}"
     for user, _ in x.uses():
@@ -71,7 +71,7 @@ def _sums(model: ir.Model, anchor: ir.Node, x: ir.Value, name: str, merged: Lazy
             if chain[-1].outputs[0].name == wanted:
                 for node in chain:
                     node.metadata_props[SUMS] += f"+{name}"
-                return chain[-1].outputs[0]
+                return [], chain[-1].outputs[0]
     nodes: list[ir.Node] = []
 
     def op(kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
@@ -90,8 +90,7 @@ def _sums(model: ir.Model, anchor: ir.Node, x: ir.Value, name: str, merged: Lazy
     last = initializer(model, "rqc.last_axis", np.asarray([-1], np.int64))
     value = op("ReduceSum", value, last, keepdims=0)
     value.name = wanted
-    insert_after(anchor, nodes)
-    return value
+    return nodes, value
 
 
 def _chain(first: ir.Node) -> list[ir.Node]:

@@ -69,7 +69,7 @@ def open_session(engine: EngineFile, threads: int, *, spin: bool = True) -> ort.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     graph = engine.graph()
     if engine.manifest.get("target", "onnx") != "onnx":
-        _compute_as_written(options, graph)
+        compute_as_written(options, graph)
     _refuse_inexact_windows(graph, ort.__version__)
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -79,7 +79,7 @@ def open_session(engine: EngineFile, threads: int, *, spin: bool = True) -> ort.
         raise _translated(error, "ONNX Runtime does not load this engine's graph") from error
 
 
-def _compute_as_written(options: ort.SessionOptions, graph: bytes) -> None:
+def compute_as_written(options: ort.SessionOptions, graph: bytes) -> None:
     """Keep ONNX Runtime from fusing quantized products of a TensorRT engine's graph into integer kernels.
 
     By default it runs 4-bit DequantizeLinear and MatMul as MatMulNBits with activations rounded to int8. By trial

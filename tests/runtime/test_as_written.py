@@ -45,7 +45,7 @@ def test_codes_stay_packed_and_activations_stay_floats(tmp_path: Path) -> None:
     assert drift(graph, ort.SessionOptions()) > 4e-3  # why this is needed
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    sessions._compute_as_written(options, graph)
+    sessions.compute_as_written(options, graph)
     assert drift(graph, options) < 2e-3
     nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
     assert Counter(node.op_type for node in nodes)["MatMulNBits"] == 2 * 6 + 1
@@ -58,7 +58,7 @@ def test_static_activations_stay_pairs(tmp_path: Path) -> None:
     graph = plan_graph(Scatter(static=True))
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    sessions._compute_as_written(options, graph)
+    sessions.compute_as_written(options, graph)
     assert drift(graph, options) == 0
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
     assert kinds["QuantizeLinear"] == kinds["MatMul"] == 2 * 6 + 1
