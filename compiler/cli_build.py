@@ -15,7 +15,7 @@ def build(
     engine: Annotated[Path, typer.Argument(metavar="{ENGINE}", help="An engine compiled for TensorRT.")],
     target: Annotated[str, typer.Option(help="tensorrt-rtx, or tensorrt on the GPU that the plan is for.")],
     sm: Annotated[
-        str | None, typer.Option(help="Compute capabilities, tensorrt-rtx only.  [default: 80,86,89,120]")
+        str | None, typer.Option(help="Compute capabilities, tensorrt-rtx only.  [the engine's, or 80,86,89,120]")
     ] = None,
     profile: Annotated[
         str | None,

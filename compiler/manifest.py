@@ -104,11 +104,13 @@ def activation_grid(recipe: Recipe) -> str:
 
 
 def _tensorrt(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """What only engines for TensorRT have: the type of floats, the shapes to build for and, later, plans."""
+    """What only engines for TensorRT have: the type of floats, the shapes and capabilities to build for
+    and, later, plans."""
     if recipe.target == "onnx":
         return {}
     profile = recipe.profile or Profile.of_model(architecture.context_length)
-    return {"dtype": recipe.dtype, "profile": profile.to_json(), "plans": []}
+    sms = {"sms": list(recipe.sm)} if recipe.sm else {}
+    return {"dtype": recipe.dtype, "profile": profile.to_json(), **sms, "plans": []}
 
 
 def _tensorrt_grid(recipe: Recipe) -> str:

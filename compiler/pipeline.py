@@ -94,13 +94,14 @@ def compile_model(
     recipe = settled(recipe, imported.description.architecture, merge)
     if verify_each and recipe.dtype == "bf16":
         raise InputError("--verify-each with --dtype bf16, which ONNX Runtime does not compute", hint="--dtype fp16")
-    if recipe.target != "onnx" and not recipe.portable and not dry_run:
+    if recipe.builds and not dry_run:
         require_builder(recipe.target)  # before the minutes of folding
     rotation, verdict = _rotation(recipe, imported, instruments.progress, merge, measure=not dry_run)
     model, description = imported.model, imported.description
     measure = unmeasured if dry_run else ranges_on_text(recipe, imported, instruments.progress)
     instruments.run(model, passes_of(recipe, description, rotation, merge, measure))
-    estimated = estimate(model, manifests.parameter_count(imported), manifests.companion_bytes(imported))
+    parameters, companions = manifests.parameter_count(imported), manifests.companion_bytes(imported)
+    estimated = estimate(model, parameters, companions, builds=recipe.builds)
     check_memory(estimated, recipe.max_memory)
     if recipe.target != "onnx":
         check_graph(model, recipe.target, recipe.sm)
@@ -115,7 +116,7 @@ def compile_model(
         engine=None if dry_run else str(output),
         size_bytes=estimated.size_bytes if summary is None else summary.size_bytes,
         seconds=time.perf_counter() - started,
-        peak_rss_bytes=_peak(builds=recipe.target != "onnx" and not recipe.portable),
+        peak_rss_bytes=_peak(builds=recipe.builds),
         passes=instruments.records,
         rotation=verdict,
         sha256=None if summary is None else summary.sha256,
@@ -151,7 +152,7 @@ class _Made:
 
 
 def _write(output: Path, made: _Made, progress: Progress) -> EngineSummary:
-    if made.recipe.target == "onnx" or made.recipe.portable:
+    if not made.recipe.builds:
         return _write_onnx(output, made, progress)
     with folder_beside(check_target(output)) as folder:
         part = Path(folder) / "engine.plan"

@@ -13,8 +13,9 @@ from rqc.compiler.calibration_text import calibration_ids
 from rqc.compiler.importer import Imported
 from rqc.compiler.instruments import Progress
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.sizes import block_bytes, resident_bytes
 from rqc.passes.static_activations import Measure
-from rqc.runtime.errors import CheckpointError, InputError
+from rqc.runtime.errors import CheckpointError, InputError, ResourceError
 
 ROWS_AT_ONCE = 4
 """Windows of text in memory at a time: every input of a block's linears is, for all of their tokens."""
@@ -31,6 +32,7 @@ def ranges_on_text(recipe: Recipe, imported: Imported, progress: Progress) -> Me
                 "which calibration text gives, and the model has no tokenizer.json",
                 hint="add the tokenizer's files to the model directory, or take --scheme w4a8",
             )
+        _check_memory(recipe, imported)
         if (asked := recipe.calibration_samples) > len(ids):
             progress.line(
                 f"calibration: the text holds {len(ids)} windows of {ids.shape[1]} tokens, {asked} were asked for"
@@ -38,6 +40,17 @@ def ranges_on_text(recipe: Recipe, imported: Imported, progress: Progress) -> Me
         return largest(model, names, ids, lambda done: progress.advance("ranges", done, len(ids)))
 
     return measure
+
+
+def _check_memory(recipe: Recipe, imported: Imported) -> None:
+    """Raise ResourceError, before a weight is read, where measuring does not fit under --max-memory."""
+    needed = resident_bytes() + block_bytes(imported, recipe, ROWS_AT_ONCE * recipe.calibration_length)
+    if recipe.max_memory is not None and needed > recipe.max_memory:
+        raise ResourceError(
+            f"measuring the ranges of activations takes about {needed / 2**30:.2f} GiB, "
+            f"--max-memory is {recipe.max_memory / 2**30:.2f} GiB",
+            hint="raise --max-memory, lower --calibration-length, or take --scheme w8a16, which measures nothing",
+        )
 
 
 def unmeasured(model: ir.Model, names: Sequence[str]) -> dict[str, float]:

@@ -105,6 +105,11 @@ class Recipe:
         return name in self.given or getattr(self, name) != default
 
     @property
+    def builds(self) -> bool:
+        """Whether the compile builds a plan."""
+        return self.target != "onnx" and not self.portable
+
+    @property
     def switchable(self) -> bool:
         """Whether the adapters are to be chosen from at run time."""
         return any(source.name is not None for source in self.adapter)

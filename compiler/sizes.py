@@ -21,6 +21,10 @@ from rqc.runtime.errors import ResourceError
 
 WRITER_BYTES = 64 << 20
 """Buffers of the writer, the graph and the interpreter's growth while weights stream by."""
+BUILDER_BYTES, BUILDER_FACTOR = 256 << 20, 4.9
+"""Memory of the process that builds a plan: its libraries, and how often it holds the weights. TensorRT-RTX 1.7.1."""
+PLAN_BYTES = 5 << 20
+"""What a plan holds beside the weights, at least."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,20 @@ class Estimate:
     size_bytes: int
     peak_rss_bytes: int
     parameters: int = 0
+    builder_bytes: int = 0
+    """Of the peak, what the builder of a plan takes."""
 
     def to_json(self) -> dict[str, int]:
         """The estimate as it stands in reports."""
         return asdict(self)
 
 
-def estimate(model: ir.Model, parameters: int = 0, companions: int = 0) -> Estimate:
+def estimate(model: ir.Model, parameters: int = 0, companions: int = 0, *, builds: bool = False) -> Estimate:
     """Size of the engine and peak of making it: what the process holds now (an adapter's factors too), and the largest
-    weight with its working copies while it is written, or measured with and without its adapter."""
+    weight with its working copies while it is written, or measured with and without its adapter.
+
+    builds: a plan is built as well, which holds the weights once more, by a process beside this one.
+    """
     sizes: dict[object, int] = {}
     working = 0
     for value in model.graph.initializers.values():
@@ -47,8 +56,12 @@ def estimate(model: ir.Model, parameters: int = 0, companions: int = 0) -> Estim
         key = tensor.meta.get(STORAGE)
         sizes[id(tensor) if key is None else key] = tensor.nbytes
         working = max(working, _working_bytes(tensor))
-    peak = max(highest_bytes(), resident_bytes() + working + WRITER_BYTES)
-    return Estimate(sum(sizes.values()) + companions, peak, parameters)
+    peak, weights = max(highest_bytes(), resident_bytes() + working + WRITER_BYTES), sum(sizes.values())
+    if not builds:
+        return Estimate(weights + companions, peak, parameters)
+    builder = int(BUILDER_BYTES + BUILDER_FACTOR * weights)
+    size = 2 * weights + PLAN_BYTES + companions
+    return Estimate(size, max(peak, resident_bytes() + builder), parameters, builder)
 
 
 def highest_bytes() -> int:
@@ -98,8 +111,13 @@ def _first_layer(imported: Imported) -> list[Claim]:
 def check_memory(estimated: Estimate, limit: int | None) -> None:
     """Raise ResourceError, before a weight is read, when the estimate does not fit under `limit` bytes."""
     if limit is not None and estimated.peak_rss_bytes > limit:
+        builder = estimated.builder_bytes
+        told = f", {builder / 2**30:.2f} of them to build the plan" if builder else ""
+        way = "leave r1 out: folds that mix rows need a whole matrix in float64"
+        if builder:
+            way = "--portable here, and `rqc build` where there is more"
         raise ResourceError(
-            f"this compile needs about {estimated.peak_rss_bytes / 2**30:.2f} GiB, "
+            f"this compile needs about {estimated.peak_rss_bytes / 2**30:.2f} GiB{told}, "
             f"--max-memory is {limit / 2**30:.2f} GiB",
-            hint="raise --max-memory, or leave r1 out: folds that mix rows need a whole matrix in float64",
+            hint=f"raise --max-memory, or {way}",
         )

@@ -42,7 +42,7 @@ def add_plan(
 ) -> BuildReport:
     """Build a plan of an engine for `target` (tensorrt-rtx, or tensorrt on the GPU at hand) and add it to the file.
 
-    sm: compute capabilities such as "86,89", for tensorrt-rtx. profile: batch/prompt/context, the engine's if None.
+    sm: compute capabilities such as "86,89", for tensorrt-rtx. profile: batch/prompt/context. The engine's if None.
     output: where the engine with its plan goes, in the engine's place if None. Raises TargetError (no such builder
     here, a graph or a capability that it refuses), EngineFormatError, InputError; then the engine is as it was.
     """

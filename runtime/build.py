@@ -18,7 +18,7 @@ from rqc.runtime import build_worker
 from rqc.runtime.backends.cuda import open_cuda
 from rqc.runtime.capabilities import checked_sms
 from rqc.runtime.container import EngineFile
-from rqc.runtime.errors import ResourceError, TargetError
+from rqc.runtime.errors import EngineFormatError, ResourceError, TargetError
 from rqc.runtime.plans import BuiltPlan
 from rqc.runtime.profiles import Profile
 from rqc.runtime.replace_file import locked_folder
@@ -53,18 +53,22 @@ def build_plan(
 ) -> BuiltPlan:
     """A plan of the engine's graph, for compute capabilities `sms` (tensorrt-rtx) or the GPU at hand (tensorrt).
 
-    profile: shapes to build for, the ones that the engine was compiled with if None. Raises TargetError with the
-    builder's reason for a graph that it refuses, ResourceError where it runs out of memory.
+    Those that the engine was compiled for if none is named; so are the shapes if profile is None. Raises TargetError
+    with the builder's reason for a graph that it refuses, ResourceError where it runs out of memory.
     """
     manifest = engine.manifest
-    if manifest["target"] == "onnx":
+    if manifest.get("target", "onnx") == "onnx":
         raise TargetError(
             f"{engine.path} was compiled for ONNX Runtime, whose operators TensorRT does not have",
             hint=f"rqc compile --target {flavour}",
         )
+    if missing := [name for name in ("profile", "context_length") if name not in manifest]:
+        raise EngineFormatError(f"{engine.path} has no {missing[0]}", hint="compile the engine again")
     profile = profile or Profile.from_json(manifest["profile"])
     profile.check(int(manifest["context_length"]))
     int4 = any(layer.get("storage_bits", 32) <= 4 for layer in manifest.get("layers", []))
+    if flavour == "tensorrt-rtx" and not sms:
+        sms = tuple(manifest.get("sms", ()))
     sms = checked_sms(flavour, sms, int4=int4)
     job = {"module": require_builder(flavour), "sms": list(sms), "profiles": [_prefill(profile), _decode(profile)]}
     data, version = _build(engine, job, _fixed(engine, profile), flavour, progress)

@@ -19,6 +19,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "target": str,
     "dtype": str,
     "plans": list,
+    "profile": dict,
+    "sms": list,
     "context_length": int,
     "graph": dict,
     "graph.cache": str,
@@ -103,6 +105,10 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
             _check_value(key, value, kind)
     _check_entries(manifest.get("entries"))
     _check_plans(manifest.get("plans", []), manifest["entries"])
+    if "profile" in manifest:
+        _check_profile(manifest["profile"], "profile")
+    if not _all_positive(manifest.get("sms", [])):
+        raise _damaged(f"sms is {str(manifest['sms'])[:40]!r}")
 
 
 def _is(value: object, kind: type | tuple[type, ...]) -> bool:
@@ -159,18 +165,18 @@ def _check_plans(plans: list[Any], entries: Mapping[str, Any]) -> None:
         # standard TensorRT builds for the GPU that it finds, and checks itself that it is back on one like it
         if not _all_positive(plan["sms"]) or not (plan["sms"] or plan["flavour"] == "tensorrt"):
             raise _damaged(f"plans: sms is {str(plan['sms'])[:40]!r}")
-        _check_profile(plan["profile"])
+        _check_profile(plan["profile"], "plans")
     if len({plan["name"] for plan in plans}) < len(plans):
         raise _damaged("plans has a name twice")
 
 
-def _check_profile(profile: Mapping[str, Any]) -> None:
+def _check_profile(profile: Mapping[str, Any], where: str) -> None:
     for name in ("batch", "prompt"):
         sizes = profile.get(name)
         if not (isinstance(sizes, list) and len(sizes) == 3 and _all_positive(sizes) and sizes == sorted(sizes)):
-            raise _damaged(f"plans: {name} of a profile is {str(sizes)[:40]!r}, not min, opt and max")
+            raise _damaged(f"{where}: {name} of a profile is {str(sizes)[:40]!r}, not min, opt and max")
     if not _all_positive([profile.get("context")]):
-        raise _damaged(f"plans: context of a profile is {str(profile.get('context'))[:40]!r}")
+        raise _damaged(f"{where}: context of a profile is {str(profile.get('context'))[:40]!r}")
 
 
 def _all_positive(values: list[Any]) -> bool:

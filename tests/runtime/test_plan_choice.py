@@ -18,6 +18,7 @@ from rqc.runtime.backends import choice, plan_choice
 from rqc.runtime.backends.cuda import Cuda, open_cuda
 from rqc.runtime.backends.plan_choice import Chosen, Plan, choose, import_module
 from rqc.runtime.backends.tensorrt import _TYPES, TensorrtBackend
+from rqc.runtime.build import build_plan
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import EngineFormatError, InputError, ResourceError, TargetError
@@ -253,6 +254,28 @@ def test_plans_that_are_none(changes: dict[str, Any], told: str) -> None:
 def test_lists_of_plans_that_are_none(listed: Any, told: str) -> None:
     with pytest.raises(EngineFormatError, match=told):
         check_manifest({**manifest(), "plans": listed})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"profile": [1]}, "profile is"),
+        ({"profile": {}}, "profile: batch of a profile"),
+        ({"profile": profile(context=-1)}, "profile: context of a profile"),
+        ({"sms": 86}, "sms is"),
+        ({"sms": ["86"]}, "sms is"),
+    ],
+)
+def test_shapes_and_capabilities_to_build_for_that_are_none(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(EngineFormatError, match=told):
+        check_manifest({**manifest(), **changes})
+
+
+def test_an_engine_that_says_of_no_shapes_is_not_built(tmp_path: Path) -> None:
+    with EngineFile.open(write_scatter(tmp_path / "e.plan", Scatter(), pending=True)) as engine:
+        assert "profile" not in engine.manifest
+        with pytest.raises(EngineFormatError, match="has no profile"):
+            build_plan(engine, "tensorrt-rtx")
 
 
 # libcudart
