@@ -92,7 +92,7 @@ def folder_beside(path: str) -> contextlib.AbstractContextManager[str]:
 
 @contextlib.contextmanager
 def locked_folder(prefix: str, parent: str) -> Iterator[str]:
-    """A temporary folder in `parent` that vanishes at the end; those with this prefix that dead owners left vanish too.
+    """A temporary folder in `parent` that vanishes at the end; those of this name that dead owners left vanish too.
 
     Raises InputError if `parent` cannot be written to, ResourceError if the disk is full.
     """
@@ -113,8 +113,9 @@ def locked_folder(prefix: str, parent: str) -> Iterator[str]:
 
 
 def _remove_folders(prefix: str, parent: str) -> None:
+    pattern = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")  # what mkdtemp adds, and nobody's own
     for name in sorted(os.listdir(parent)):
-        if not name.startswith(prefix):
+        if not pattern.fullmatch(name):
             continue
         left = os.path.join(parent, name)
         try:

@@ -20,7 +20,7 @@ from rqc.compiler.plan import write_engine
 from rqc.runtime import engine_writer
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError, InputError, ResourceError
-from rqc.runtime.replace_file import Replacement, remove_abandoned
+from rqc.runtime.replace_file import Replacement, locked_folder, remove_abandoned
 from rqc.runtime.zip_layout import GRAPH, WEIGHTS
 
 # a process that begins to write an engine, says so, and waits amid its weights for a line on its standard input
@@ -354,3 +354,15 @@ def test_a_terabyte_is_too_much() -> None:
     with pytest.raises(ResourceError, match="terabyte"):
         engine_writer._lay_out({}, {GRAPH: 1, WEIGHTS: 10**12})
     assert engine_writer._lay_out({}, {GRAPH: 1, WEIGHTS: 10**11})[-1].size == 10**11
+
+
+def test_a_folder_that_only_begins_like_a_builders_is_left_alone(tmp_path: Path) -> None:
+    mine, left = tmp_path / "rqc-build-of-my-own", tmp_path / "rqc-build-a1b2c3d_"
+    for folder in (mine, left):
+        folder.mkdir()
+        (folder / "file").write_text("x")
+    with locked_folder("rqc-build-", str(tmp_path)) as folder:
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, Path(folder).name])
+        with locked_folder("rqc-build-", str(tmp_path)):
+            assert Path(folder).is_dir()  # its owner lives
+    assert [path.name for path in tmp_path.rglob("*")] == [mine.name, "file"]
