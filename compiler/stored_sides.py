@@ -102,4 +102,7 @@ def _gates(stored: StoredGraph, value: ir.Value | None) -> NDArray[np.float32]:
     if gather is None or rows is None:
         raise EngineFormatError(f"{stored.file.path}: a branch has no gates", hint=HINT)
     ranks = np.asarray(stored.array(gather.inputs[1]), np.int64)
-    return np.asarray(stored.array(rows.inputs[0])[0][ranks], np.float32)[:, None]
+    source = rows.inputs[0]
+    cast = source.producer() if source is not None else None  # an input in float32 of a graph in half precision
+    switched = stored.array(source if cast is None else cast.inputs[0])
+    return np.asarray(switched[0][ranks], np.float32)[:, None]

@@ -34,7 +34,7 @@ from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine import Engine
-from rqc.runtime.errors import BasisMismatchError, InputError
+from rqc.runtime.errors import BasisMismatchError, InputError, TargetError
 
 PROBE_TOKENS = 256
 """Tokens on which linears are compared one by one."""
@@ -115,11 +115,12 @@ def verify_engine(
     fp32 is compared with the model itself, or with the PEFT model that the adapter makes of it; fp16 and weight-only
     schemes with the same, folded and rotated by the algebra of the graph, that computes with the engine's own stored
     weights, which must be this model's. Schemes that quantize activations are compared linear by linear, and in
-    perplexity with the same fake quantization; their divergence is given against the float model.
+    perplexity with the same fake quantization; their divergence is given against the float model. An engine for
+    TensorRT in half precision is held to what that costs, and without a plan that runs here it is its ONNX part.
 
     text: a .txt, .json or .jsonl file, the text that ships if None; token_ids: ids to use instead. tokens: how many of
     them, in windows of `window` (at most the context). gates: limits by name. Raises InputError (also for an engine of
-    another model or adapter), BasisMismatchError, EngineFormatError, CheckpointError; a failed gate raises nothing: see
+    another model or adapter), BasisMismatchError, EngineFormatError, CheckpointError, TargetError; a failed gate raises nothing: see
     `passed`.
     """
     if tokens < 2 or window < 2:
@@ -196,6 +197,11 @@ class _Verification:
     def _rounded(self, used: int, rotation: Rotation, tied: bool) -> ParityReport:
         """A scheme that quantizes activations: linear by linear and in perplexity; its logits against the float
         model's."""
+        if self.file.manifest.get("dtype") == "bf16":  # a plan runs, but not its linears by themselves
+            raise TargetError(
+                f"{self.file.path} computes in bf16, whose linears ONNX Runtime does not run one by one on a CPU",
+                hint="compile it with --dtype fp16 to compare it",
+            )
         measured = compare(self.windows, self.reference.logits, self._scores)
         stored = StoredGraph.read(self.file, self.chosen)
         rounding = Rounding.of(stored, self.scheme.activation_bits)

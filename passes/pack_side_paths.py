@@ -20,13 +20,13 @@ from rqc.passes.base import (
     discard,
     initializer,
     insert_before,
+    linears,
     replace_uses,
     sizes,
 )
 from rqc.passes.branches import Branch, branches_of
-from rqc.passes.pack import MICROSOFT
 from rqc.passes.quantize import quantized_of
-from rqc.passes.side_paths import F32, product, side_tensor
+from rqc.passes.side_paths import F32, codes_of, product, side_tensor
 from rqc.passes.zero_points import offset_tensor
 
 MOST_ZEROS = 128 << 10
@@ -248,9 +248,9 @@ def _stack_products(model: ir.Model) -> bool:
     """
     blocks = {
         name
-        for node in model.graph
-        if node.domain == MICROSOFT and node.op_type == "MatMulNBits"
-        for name in node.metadata_props.get(LINEAR, "").split("+")
+        for label, node in linears(model)
+        if node.op_type == "MatMulNBits" or codes_of(node) is not None
+        for name in label.split("+")
     }
     found: dict[tuple[ir.Value, bool], list[ir.Node]] = {}
     for node in model.graph:
