@@ -120,8 +120,8 @@ def verify_engine(
 
     text: a .txt, .json or .jsonl file, the text that ships if None; token_ids: ids to use instead. tokens: how many of
     them, in windows of `window` (at most the context). gates: limits by name. Raises InputError (also for an engine of
-    another model or adapter), BasisMismatchError, EngineFormatError, CheckpointError, TargetError; a failed gate raises nothing: see
-    `passed`.
+    another model or adapter), BasisMismatchError, EngineFormatError, CheckpointError, TargetError; a failed gate raises
+    nothing: see `passed`.
     """
     if tokens < 2 or window < 2:
         raise InputError(
