@@ -127,7 +127,9 @@ def compile_(
     ] = None,
     portable: Annotated[
         bool | None,
-        typer.Option("--portable", help="Write the ONNX part of a TensorRT engine now; `rqc build` on the device."),
+        typer.Option(
+            "--portable/--no-portable", help="Write the ONNX part of a TensorRT engine now; `rqc build` on the device."
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file of these options; flags override it.")] = None,
     verify_after: Annotated[bool, typer.Option("--verify", help="Run `rqc verify` afterwards.")] = False,

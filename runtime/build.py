@@ -21,26 +21,38 @@ from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError, ResourceError, TargetError
 from rqc.runtime.plans import BuiltPlan
 from rqc.runtime.profiles import Profile
-from rqc.runtime.replace_file import locked_folder
+from rqc.runtime.replace_file import explained, locked_folder
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 Progress = Callable[[str, int, int], None]
+_PORTABLE = "--portable writes the ONNX part now, for `rqc build ENGINE --target tensorrt` on the device"
+_LOADING = "install the module again, with its libraries; `rqc doctor` says what loads"
+_WAYS = {
+    "No space left": "free space for temporary files, or name another folder for them in TMPDIR",
+    "ImportError": _LOADING,
+    "ModuleNotFoundError": _LOADING,
+}
+"""Ways out by what a builder that broke down said."""
 
 
-def require_builder(flavour: str) -> str:
-    """The module that builds plans of that flavour. Raises TargetError naming the ways out where it is not there."""
+def require_builder(flavour: str, *, compiled: bool = False) -> str:
+    """The module that builds plans of that flavour. Raises TargetError naming the ways out where it is not there.
+
+    compiled: the engine is there already, and is to get a plan.
+    """
     module = MODULES[flavour]
     if importlib.util.find_spec(module) is not None:
         return module
     if flavour == "tensorrt-rtx":
         raise TargetError(
             "building for tensorrt-rtx needs the module tensorrt_rtx",
-            hint="pip install 'rqc[tensorrt-rtx]', or --portable and `rqc build` where it is installed",
+            hint="pip install 'rqc[tensorrt-rtx]', or "
+            + ("`rqc build` where it is" if compiled else "--portable and `rqc build` where it is installed"),
         )
     raise TargetError(
         "--target tensorrt builds with the module tensorrt on the GPU that the plan is for, and it is not installed",
-        hint="--portable writes the ONNX part now, for `rqc build ENGINE --target tensorrt` on the device; or "
-        "--target tensorrt-rtx, which builds on any machine",
+        hint=("run `rqc build` on that device, with tensorrt installed" if compiled else _PORTABLE)
+        + "; or --target tensorrt-rtx, which builds on any machine",
     )
 
 
@@ -70,7 +82,11 @@ def build_plan(
     if flavour == "tensorrt-rtx" and not sms:
         sms = tuple(manifest.get("sms", ()))
     sms = checked_sms(flavour, sms, int4=int4)
-    job = {"module": require_builder(flavour), "sms": list(sms), "profiles": [_prefill(profile), _decode(profile)]}
+    job = {
+        "module": require_builder(flavour, compiled=True),
+        "sms": list(sms),
+        "profiles": [_prefill(profile), _decode(profile)],
+    }
     data, version = _build(engine, job, _fixed(engine, profile), flavour, progress)
     if not sms and not isinstance(device := open_cuda(), str):
         sms = (device.sm,)  # the GPU that TensorRT built for
@@ -137,9 +153,10 @@ def _build(
     """(plan, version of the builder), from a process of its own."""
     with locked_folder("rqc-build-", tempfile.gettempdir()) as folder:
         place = Path(folder)
-        (place / "engine.plan").symlink_to(engine.path)
-        (place / "graph.onnx").write_bytes(graph)
-        (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        with explained(folder):
+            (place / "engine.plan").symlink_to(engine.path)
+            (place / "graph.onnx").write_bytes(graph)
+            (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
         result = _run_worker(place, progress)
         engine.confirm_path()
         if "error" in result:
@@ -173,9 +190,8 @@ def _run_worker(place: Path, progress: Progress | None) -> dict[str, str]:
         lines, said = told.read().splitlines(), errors.read().decode(errors="replace").strip().splitlines()
     if worker.returncode != 0:
         reason = said[-1] if said else f"it ended with {worker.returncode}"
-        raise ResourceError(
-            f"the TensorRT builder broke down: {reason}", hint="more memory, a smaller --profile; see `rqc doctor`"
-        )
+        way = next((way for word, way in _WAYS.items() if word in reason), "more memory, or a smaller --profile")
+        raise ResourceError(f"the TensorRT builder broke down: {reason}", hint=way)
     result: dict[str, str] = json.loads(lines[-1])
     return result
 

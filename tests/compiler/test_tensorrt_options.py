@@ -11,11 +11,12 @@ import pytest
 from tiny import TinyModel, give_voice
 
 from rqc.compiler.api import compile_engine
+from rqc.compiler.cli import main
 from rqc.models.checkpoint import Checkpoint
 from rqc.runtime import build
 from rqc.runtime.add_plan import add_plan
 from rqc.runtime.container import EngineFile
-from rqc.runtime.errors import ResourceError
+from rqc.runtime.errors import ResourceError, TargetError
 
 QUICK: dict[str, Any] = {"target": "tensorrt-rtx", "scheme": "w4a16", "profile": "1/1:16:32/64", "rotate": "none"}
 GIB = 1 << 30
@@ -31,7 +32,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return memoryview(b"vtrt"), "1.7.1"
 
     monkeypatch.setattr(build, "_build", built)
-    monkeypatch.setattr(build, "require_builder", lambda flavour: flavour)
+    monkeypatch.setattr(build, "require_builder", lambda flavour, compiled: flavour)
     return asked
 
 
@@ -87,3 +88,48 @@ def test_measuring_ranges_keeps_to_the_memory(
     with pytest.raises(ResourceError, match="measuring the ranges of activations") as error:
         compile_engine(directory, tmp_path / "e.plan", **{**QUICK, "scheme": "w8a8"}, portable=True, max_memory="64MiB")
     assert "--calibration-length" in error.value.hint
+
+
+def test_a_builder_that_is_missing_where_the_engine_is_there(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_engine(tiny_model("llama16"), tmp_path / "e.plan", **QUICK, portable=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    for target, way in (("tensorrt", "on that device, with tensorrt installed"), ("tensorrt-rtx", "pip install")):
+        with pytest.raises(TargetError) as error:
+            add_plan(tmp_path / "e.plan", target=target)
+        assert way in error.value.hint
+        assert "--portable" not in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("line", "way"),
+    [
+        ("raise OSError(28, 'No space left on device')", "TMPDIR"),
+        ("raise ImportError('libnvinfer.so.11: cannot open shared object file')", "install the module again"),
+        ("import tensorrt_bindings_that_are_not_there", "install the module again"),
+        ("raise MemoryError", "more memory"),
+    ],
+)
+def test_the_way_out_fits_what_broke_the_builder(
+    line: str, way: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_engine(tiny_model("llama16"), tmp_path / "e.plan", **QUICK, portable=True)
+    (tmp_path / "worker.py").write_text(line)
+    monkeypatch.setattr(build.build_worker, "__file__", str(tmp_path / "worker.py"))
+    monkeypatch.setattr(build, "require_builder", lambda flavour, compiled: flavour)
+    with pytest.raises(ResourceError, match="the TensorRT builder broke down") as error:
+        add_plan(tmp_path / "e.plan", target="tensorrt-rtx")
+    assert way in error.value.hint
+
+
+def test_a_flag_takes_back_what_a_recipe_says_of_portable(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('target = "tensorrt"\nportable = true\nrotate = "none"\n')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "tensorrt" else object())
+    arguments = ["compile", str(tiny_model("llama16")), "-o", str(tmp_path / "e.plan"), "--recipe", str(recipe)]
+    assert main([*arguments, "--no-portable"]) == 2
+    assert "--portable writes the ONNX part" in capsys.readouterr().err
+    assert main(arguments) == 0
