@@ -40,12 +40,13 @@ PRECISIONS = {
 }
 """By the manifest's dtype.
 
-fp16, ONNX parts run by ONNX Runtime against float32. KL: SmolLM2 (w4a16, rotated) 4.1e-6 on 512 tokens, tiny models of
-all families 2e-7 to 4e-6, and 2.3e-4 where the choice of Mixtral's router flips on one token. PyTorch's own
-`model.half()` is 1.5e-5 from its float32 on SmolLM2 and 1e-6 to 2e-6 on the tiny models; a rotation without its online
-half is off by 1e-1 and more. One linear: 3.6e-4 to 5.3e-4 (fp16 rounds to 2.4e-4 to 4.9e-4), activations that are not
-rounded to 8 bits 6e-3. Equal codes at 8, 6 and 4 bits: 0.985 to 0.995, 0.997, 0.999. Side paths: 3.2e-4 to 4.7e-4.
+fp16, ONNX parts run by ONNX Runtime against float32. KL: SmolLM2 (w4a16, rotated) 4.1e-6 on 512 tokens; tiny Llama,
+Qwen3, Phi-3, Gemma 2 and 3 1.6e-7 to 4.3e-6; a tiny Mixtral 9e-7, but 2.3e-4 in another engine, by a router's choice as
+it seems. PyTorch's own float16, of the float models, is 1.5e-5 from its float32 on SmolLM2, 9.5e-7 to 2.5e-6 on tiny
+ones; a rotation of a tiny Llama without its online half is off by more than 1e-1. One linear: 3.5e-4 to 5.3e-4, where
+activations are not rounded to 8 bits 6.5e-3. Equal codes at 8, 6 and 4 bits: 0.985 to 0.995, 0.997, 0.999 and more.
+Side paths: 3.1e-4 to 4.7e-4.
 
-bf16 runs on no CPU here: PyTorch's is 1.0e-3 nats from float32 on SmolLM2 and on the tiny Mixtral; the other limits are
-eight times as wide as those of fp16.
+bf16 was not measured, no CPU runs it here: PyTorch's is 1.0e-3 nats from float32 on SmolLM2, and the limits follow that
+and the eight times coarser unit.
 """
