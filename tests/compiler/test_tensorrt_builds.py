@@ -167,7 +167,7 @@ def test_equal_inputs_give_equal_plans(made: Path, pending: Path, tmp_path: Path
 
 
 def test_all_capabilities_go_into_one_plan(pending: Path) -> None:
-    report = add_plan(pending, target="tensorrt-rtx", profile="1:1:2/1:16:32/48")
+    report = add_plan(pending, target="tensorrt-rtx", sm="80,86,89,120", profile="1:1:2/1:16:32/48")
     assert report.plan["sms"] == [80, 86, 89, 120]
     assert report.plan["name"] == "tensorrt-rtx-80-86-89-120"
     assert report.plan["profile"] == {"batch": [1, 1, 2], "prompt": [1, 16, 32], "context": 48}
