@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ def save_tiny(name: str, directory: Path, **changes: Any) -> Path:
 
 
 def give_voice(directory: Path) -> Path:
+    """A copy of a tiny model, made once, that has a tokenizer: the model itself, which tests share, stays without."""
+    voiced = directory.with_name(directory.name + "-voiced")
+    if not voiced.exists():
+        add_tokenizer(shutil.copytree(directory, voiced))
+    return voiced
+
+
+def add_tokenizer(directory: Path) -> Path:
     """Put a tokenizer of single characters beside a tiny model."""
     vocabulary = {chr(32 + index): index for index in range(95)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=" "))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import give_voice
+from tiny import add_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rqc.compiler.api import compile_engine
@@ -63,8 +63,7 @@ def peft_logits(model_dir: Path, adapter: Path, ids: NDArray[np.int64]) -> NDArr
 
 def talking(model_dir: Path, target: Path) -> Path:
     """A copy of a tiny model with a tokenizer of single characters."""
-    shutil.copytree(model_dir, target)
-    return give_voice(target)
+    return add_tokenizer(shutil.copytree(model_dir, target))
 
 
 def mean_kl(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:

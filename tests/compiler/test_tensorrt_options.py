@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TinyModel, give_voice
+from tiny import TinyModel, add_tokenizer
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
@@ -83,7 +83,7 @@ def test_the_estimate_is_close_to_what_is_built(tiny_model: TinyModel, tmp_path:
 def test_measuring_ranges_keeps_to_the_memory(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = give_voice(shutil.copytree(tiny_model("llama16"), tmp_path / "model"))
+    directory = add_tokenizer(shutil.copytree(tiny_model("llama16"), tmp_path / "model"))
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(ResourceError, match="measuring the ranges of activations") as error:
         compile_engine(directory, tmp_path / "e.plan", **{**QUICK, "scheme": "w8a8"}, portable=True, max_memory="64MiB")
