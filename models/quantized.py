@@ -3,6 +3,7 @@ written."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +15,9 @@ from rqc.models.packing import F32
 from rqc.models.weights import Weight
 from rqc.models.zero_points import block_offsets, compact_inputs, merge_zero_points, with_zero_points
 from rqc.runtime.errors import CheckpointError, InputError
+
+Found = Callable[[], Quantized]
+"""Reads the codes that calibration has found for a weight."""
 
 _last: tuple[LazyQuantized, Adapted] | None = None
 """Codes, scales and zero points of one weight are three tensors, written one after the other: a memo of one slot serves
@@ -70,12 +74,14 @@ class Adapted:
 class LazyQuantized:
     """Weights with equal input size, stacked by rows, on one grid: [N, K] codes with one scale per block of K.
 
-    updates: what an adapter does to each part; empty where there is none.
+    updates: what an adapter does to each part; empty where there is none. found: where each part's codes are read, if
+    calibration has found some; None or empty where it is rounded to nearest.
     """
 
     parts: tuple[Weight, ...]
     grid: Grid
     updates: tuple[Update | None, ...] = ()
+    found: tuple[Found | None, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,22 +131,20 @@ class LazyQuantized:
         """This weight with others below it: one packed projection."""
         every = (self, *others)
         updates = tuple(update for one in every for update in (one.updates or (None,) * len(one.parts)))
+        found = tuple(read for one in every for read in (one.found or (None,) * len(one.parts)))
         parts = tuple(part for one in every for part in one.parts)
-        return LazyQuantized(parts, self.grid, updates if any(updates) else ())
+        return LazyQuantized(parts, self.grid, updates if any(updates) else (), found if any(found) else ())
 
     def _quantize(self) -> Adapted:
-        updates = self.updates or (None,) * len(self.parts)
-        return _joined(
-            [
-                piece
-                for part, update in zip(self.parts, updates, strict=True)
-                for piece in _pieces(part, self.grid, update)
-            ]
-        )
+        nothing = (None,) * len(self.parts)
+        every = zip(self.parts, self.updates or nothing, self.found or nothing, strict=True)
+        return _joined([piece for part, update, found in every for piece in _pieces(part, self.grid, update, found)])
 
 
-def _pieces(part: Weight, grid: Grid, update: Update | None) -> list[Adapted]:
-    """A part chunk by chunk of its rows, on the grid, adapted."""
+def _pieces(part: Weight, grid: Grid, update: Update | None, found: Found | None) -> list[Adapted]:
+    """A part on the grid, adapted: chunk by chunk of its rows, or as it was found."""
+    if found is not None:
+        return [Adapted.plain(found()) if update is None else update.applied(found(), 0)]
     pieces, first = [], 0
     for chunk in part.chunks():
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +12,7 @@ import onnx_ir as ir
 
 from rqc.models.description import Description
 from rqc.models.grid import Grid, Quantized
-from rqc.models.quantized import LazyQuantized
+from rqc.models.quantized import Found, LazyQuantized
 from rqc.passes.base import QUANTIZED, Pass, discard, insert_before, lazy_initializer, weight_of
 
 SIGNED = {2: (ir.DataType.INT4, ml_dtypes.int4), 4: (ir.DataType.INT4, ml_dtypes.int4), 8: (ir.DataType.INT8, np.int8)}
@@ -22,20 +24,36 @@ UNSIGNED = {
 
 
 class QuantizeLinears(Pass):
-    """W ← (codes − z) s on `grid`, for every claimed linear but the routers; rounding to nearest, blocks along the
-    input."""
+    """W ← (codes − z) s on `grid`, for every claimed linear but the routers, blocks along the input.
+
+    widths: bits of the linears that have others than the grid. found: codes that calibration has found, by weight; the
+    others are rounded to nearest.
+    """
 
     exact = False
 
-    def __init__(self, description: Description, grid: Grid) -> None:
+    def __init__(
+        self,
+        description: Description,
+        grid: Grid,
+        widths: Mapping[str, int] | None = None,
+        found: Mapping[str, Found] | None = None,
+    ) -> None:
         super().__init__()
         self.description = description
         self.grid = grid
+        self.widths = dict(widths or {})
+        self.found = dict(found or {})
 
     @property
     def detail(self) -> str:
-        """The grid."""
-        return told(self.grid)
+        """The grid, and how many linears have another width."""
+        others = Counter(bits for bits in self.widths.values() if bits != self.grid.bits)
+        return ", ".join([told(self.grid), *(f"{count} of {bits} bit" for bits, count in sorted(others.items()))])
+
+    def grid_of(self, name: str) -> Grid:
+        """The grid of one linear's weight."""
+        return replace(self.grid, bits=self.widths.get(name, self.grid.bits))
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -43,7 +61,9 @@ class QuantizeLinears(Pass):
             value = model.graph.initializers.get(claim.weight)
             weight = weight_of(value)
             if claim.quantized and value is not None and weight is not None:
-                dequantize_before_use(model, value, LazyQuantized((weight,), self.grid))
+                found = self.found.get(claim.weight)
+                lazy = LazyQuantized((weight,), self.grid_of(claim.weight), found=() if found is None else (found,))
+                dequantize_before_use(model, value, lazy)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
 
