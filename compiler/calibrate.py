@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rqc.compiler.parity import Perplexity, log_softmax
 from rqc.compiler.probe import feed, save_stage
+from rqc.passes.base import Pass
 
 LAYER = re.compile(r"layers\.(\d+)\b")
 POSITIONS_AT_ONCE = 64
@@ -103,14 +104,9 @@ def run_parts(
     The head's logits come [batch, sequence, vocab] in slices of positions: that part is yielded once per slice.
     """
     parts = partition(model, watched)
-    known: dict[str, Array] = {
-        value.name or "": feed(
-            value.name or "", [d if isinstance(d, int) else None for d in value.shape or ()], token_ids
-        )
-        for value in model.graph.inputs
-    }
+    known = inputs_of(model, token_ids)
     for index, part in enumerate(parts):
-        session = _session(model, part, known, threads)
+        session = open_part(model, part, known, threads=threads)
         if index < len(parts) - 1:
             results = session.run(list(part.outputs), {name: known[name] for name in part.inputs})
             made = dict(zip(part.outputs, results, strict=True))
@@ -125,13 +121,28 @@ def run_parts(
             yield part, {"logits": logits}
 
 
-def _session(model: ir.Model, part: Part, known: dict[str, Array], threads: int) -> ort.InferenceSession:
+def inputs_of(model: ir.Model, token_ids: NDArray[np.int64]) -> dict[str, Array]:
+    """What a graph is fed with for whole sequences [batch, sequence] with an empty past."""
+    return {
+        value.name or "": feed(
+            value.name or "", [d if isinstance(d, int) else None for d in value.shape or ()], token_ids
+        )
+        for value in model.graph.inputs
+    }
+
+
+def open_part(
+    model: ir.Model, part: Part, known: Mapping[str, Array], passes: Sequence[Pass] = (), *, threads: int = 0
+) -> ort.InferenceSession:
+    """A session on a part of a graph, cut out, with `passes` applied to the cut alone; known: its inputs, or such."""
     graph = ir.convenience.extract(model.graph, list(part.inputs), list(part.outputs))
     for value in graph.inputs:
         value.type = ir.TensorType(DTYPES[known[value.name or ""].dtype])
         value.shape = None
     block = ir.Model(graph, ir_version=model.ir_version)
     graph.opset_imports.update(model.graph.opset_imports)
+    for step in passes:
+        step(block)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -19,6 +19,7 @@ from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import block_bytes, resident_bytes
 from rqc.compiler.targets import onnx, tensorrt
 from rqc.models.rotation import Rotation
+from rqc.passes.cleanup import RemoveDeadParts
 
 TOKENS = 2048
 MARGIN = 1.01
@@ -76,7 +77,7 @@ def _score(
     steps += [] if merge is None or merge.names else merge.after_grid(rotation)
     target = onnx if recipe.target == "onnx" else tensorrt
     measure = ranges_on_text(recipe, fresh, Silent())
-    packed = [*target.packing(recipe, fresh.description, measure), *target.by_blocks()]
+    packed = [*target.packing(recipe, fresh.description, measure), *target.by_blocks(), RemoveDeadParts()]
     for step in [*steps, *packed, *target.activations(recipe)]:
         step(fresh.model)
     return float(f"{perplexity(fresh.model, ids):.4g}")

@@ -330,7 +330,7 @@ def test_block_by_block_it_is_the_same_model(name: str, tiny_model: TinyModel) -
     imported, recipe = on_grid(tiny_model(name), scheme="w4a16")
     ids = np.random.default_rng(0).integers(3, 96, 90)
     whole = run_stage(imported.model, ids, threads=1)
-    for step in [*tensorrt.packing(recipe, imported.description), *tensorrt.by_blocks()]:
+    for step in [*tensorrt.packing(recipe, imported.description), *tensorrt.by_blocks(), RemoveDeadParts()]:
         step(imported.model)
     parts = run_parts(imported.model, ids[None], threads=1)
     assert drift(whole, np.concatenate([values["logits"][0] for part, values in parts if part.name == "head"])) <= EXACT

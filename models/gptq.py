@@ -1,0 +1,189 @@
+"""GPTQ (arXiv 2210.17323): round a weight column by column, each error made good by the columns that are still open.
+
+min Σ ‖(W − Ŵ) x‖² over Ŵ on the grid. With H = Σ x xᵀ + λ I and U the upper Cholesky factor of H⁻¹, column k is rounded
+and its error e_k = (w_k − ŵ_k) / U_kk is taken off the columns behind it: w_j ← w_j − e_k U_kj.
+
+Departures from the published code: columns are ordered by their energy H_kk, but only groups as a whole and columns
+inside a group, so that a group keeps its place, its scale, and its kernel (no index of groups); a row keeps the
+rounding to nearest where that is better under H, so that no row of any layer is ever worse; a column that no token
+reaches is rounded to nearest and touches no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rqc.models.grid import Grid, quantize
+from rqc.models.moments import error_of
+from rqc.models.packing import Quantized
+from rqc.runtime.errors import CheckpointError
+
+__all__ = ["Order", "gptq"]
+
+COLUMNS = 128
+"""Columns whose errors are gathered before they reach the rest of the matrix."""
+DAMPENING = 0.01
+"""λ in parts of the mean of the diagonal; ten times more after each factorisation that fails."""
+ATTEMPTS = 5
+BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Second moments of one input, factored for GPTQ: shared by all linears that read it.
+
+    moments: [K, K], symmetric. columns: the order in which they are rounded, groups whole. factor: U [K, K] in that
+    order, float32.
+    """
+
+    moments: NDArray[Any]
+    columns: NDArray[np.intp]
+    factor: Tensor
+
+    @classmethod
+    def of(cls, moments: NDArray[np.float64], group: int) -> Order:
+        """Factor second moments for groups of that many columns. Raises CheckpointError if that cannot be done."""
+        energy = np.diagonal(moments).copy()
+        columns = _by_energy(energy, group)
+        return cls(moments, columns, _factor(moments[np.ix_(columns, columns)]))
+
+
+def _by_energy(energy: NDArray[np.float64], group: int) -> NDArray[np.intp]:
+    """Columns by falling energy inside groups, groups by falling energy of their mean. A last group that is not whole
+    stays the last."""
+    k = len(energy)
+    starts = range(0, k, group)
+    means = [float(energy[start : start + group].mean()) if start + group <= k else -1.0 for start in starts]
+    groups = sorted(range(len(starts)), key=lambda index: -means[index])
+    inside = (
+        index * group + np.argsort(-energy[index * group : (index + 1) * group], kind="stable") for index in groups
+    )
+    return np.concatenate(list(inside))
+
+
+def _factor(moments: NDArray[np.float64]) -> Tensor:
+    """U with (moments + λ I)⁻¹ = Uᵀ U. In float32 where that works, in float64 or with a larger λ where it does not."""
+    wide = torch.from_numpy(moments)
+    mean = float(wide.diagonal().mean())
+    if not np.isfinite(mean):
+        raise CheckpointError("its second moments are not finite", hint="repair the checkpoint")
+    share = DAMPENING
+    for _ in range(ATTEMPTS):
+        for dtype in (torch.float32, torch.float64):
+            found = _inverse_factor(wide.to(dtype, copy=True), share * (mean or 1.0))
+            if found is not None:
+                return found
+        share *= 10
+    raise CheckpointError("its second moments have no Cholesky factor", hint="calibrate on more text")
+
+
+def _inverse_factor(h: Tensor, dampening: float) -> Tensor | None:
+    """U of h + dampening I, in place; None where that is not positive definite to the precision of its type."""
+    h.diagonal().add_(dampening)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    if failed or not bool(torch.isfinite(upper).all()):
+        return None
+    found: Tensor = upper.float()
+    return found
+
+
+def gptq(w: NDArray[Any], order: Order, grid: Grid, keep: NDArray[np.bool_] | None = None) -> Quantized:
+    """Codes, scales and zero points for w [N, K] on `grid`; with `keep` [N, K], what it leaves out becomes zero.
+
+    No row's Σ ‖(w − ŵ) x‖² under the order's moments is above that of rounding to nearest. Raises CheckpointError if w
+    is not finite.
+    """
+    kept = w if keep is None else np.where(keep, w, 0)
+    nearest = quantize(kept, grid)
+    found = _Solver(nearest, grid, order, keep).solve(np.asarray(w, np.float32))
+    moments = order.moments.astype(np.float32)
+    before, after = (error_of((w - q.dequantize()).astype(np.float32), moments) for q in (nearest, found))
+    return _better_rows(nearest, found, before <= after)
+
+
+def _better_rows(first: Quantized, second: Quantized, choose_first: NDArray[np.bool_]) -> Quantized:
+    """Row by row one of two roundings on the same grid."""
+    pick = choose_first[:, None]
+    zeros = None
+    if first.zero_points is not None and second.zero_points is not None:
+        zeros = np.where(pick, first.zero_points, second.zero_points)
+    codes, scales = np.where(pick, first.codes, second.codes), np.where(pick, first.scales, second.scales)
+    return replace(first, codes=codes, scales=scales, zero_points=zeros)
+
+
+@dataclass(eq=False)
+class _Solver:
+    """One run over the columns. like: a rounding of the same weight, whose form the result has."""
+
+    like: Quantized
+    grid: Grid
+    order: Order
+    keep: NDArray[np.bool_] | None
+
+    def solve(self, w: F32) -> Quantized:
+        n, k = w.shape
+        columns, factor = self.order.columns, self.order.factor
+        open_ = torch.from_numpy(np.ascontiguousarray(w[:, columns]))
+        codes = torch.empty((n, k), dtype=torch.uint8)
+        keep = None if self.keep is None else torch.from_numpy(np.ascontiguousarray(self.keep[:, columns]))
+        scales, zeros = self._whole() if self.grid.group_size == -1 else self._empty(n)
+        for block in _slices(k, max(COLUMNS, self.grid.block(k))):
+            errors = torch.zeros((n, block.stop - block.start))
+            for at in range(block.start, block.stop):
+                group = int(columns[at]) // self.like.block_size
+                if self.grid.group_size != -1 and at % self.like.block_size == 0:
+                    self._fit(open_[:, at : at + self.like.block_size], group, scales, zeros)
+                scale, zero = scales[:, group], zeros[:, group]
+                column = open_[:, at]
+                code = self._round(column, scale, zero)
+                if keep is not None:
+                    code = torch.where(keep[:, at], code, zero)
+                codes[:, at] = code.to(torch.uint8)
+                error = (column - (code - zero) * scale) / factor[at, at]
+                errors[:, at - block.start] = error
+                open_[:, at + 1 : block.stop].addr_(error, factor[at, at + 1 : block.stop], alpha=-1)
+            open_[:, block.stop :] -= errors @ factor[block, block.stop :]
+        placed = np.empty((n, k), np.uint8)
+        placed[:, columns] = codes.numpy()
+        found = None if self.like.zero_points is None else zeros.numpy().astype(np.uint8)
+        return replace(self.like, codes=placed, scales=scales.numpy(), zero_points=found)
+
+    def _empty(self, rows: int) -> tuple[Tensor, Tensor]:
+        groups = self.like.scales.shape[1]
+        return torch.zeros((rows, groups)), torch.full((rows, groups), float(self.grid.center))
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of whole rows: those of rounding to nearest."""
+        return torch.from_numpy(self.like.scales.copy()), torch.from_numpy(
+            self.like.stored_zero_points().astype(np.float32)
+        )
+
+    def _fit(self, columns: Tensor, group: int, scales: Tensor, zeros: Tensor) -> None:
+        """Scale and zero point of a group from its columns as they are now."""
+        fitted = quantize(columns.numpy(), self.grid)
+        scales[:, group] = torch.from_numpy(fitted.scales[:, 0])
+        zeros[:, group] = torch.from_numpy(fitted.stored_zero_points()[:, 0].astype(np.float32))
+
+    def _round(self, column: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest codes, as `quantize` has them."""
+        inverse = torch.where(scale != 0, 1 / scale, 0.0)
+        lowest, highest = self.grid.code_range
+        return (column * inverse + zero).clamp(lowest, highest).add(BELOW_HALF).floor()
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
