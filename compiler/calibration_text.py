@@ -11,8 +11,11 @@ from rqc.compiler.text import calibration_text, read_text, read_tokenizer, windo
 from rqc.runtime.errors import CheckpointError
 
 
-def calibration_ids(recipe: Recipe, imported: Imported, tokens: int) -> NDArray[np.int64] | None:
-    """At most `tokens` token ids of the calibration text as windows [count, length]; None without a tokenizer."""
+def calibration_ids(recipe: Recipe, imported: Imported, tokens: int, *, behind: int = 0) -> NDArray[np.int64] | None:
+    """At most `tokens` token ids of the calibration text as windows [count, length]; None without a tokenizer.
+
+    behind: leave out so many windows at the start, if the text is that long.
+    """
     tokenizer = read_tokenizer(imported.checkpoint.directory)
     if tokenizer is None:
         return None
@@ -25,5 +28,7 @@ def calibration_ids(recipe: Recipe, imported: Imported, tokens: int) -> NDArray[
             hint="tokenizer and weights are of different models; download both again",
         )
     length = min(recipe.calibration_length, imported.description.architecture.context_length, tokens)
+    if len(ids) > (behind + 1) * length:
+        ids = ids[behind * length :]
     cut = windows(ids, length, max(1, min(recipe.calibration_samples, tokens // length)))
     return np.asarray(cut, np.int64)

@@ -83,7 +83,9 @@ def compile_(
         bool | None, typer.Option("--symmetric/--asymmetric", help="Grids with or without zero points.  [symmetric]")
     ] = None,
     clip: Annotated[str | None, typer.Option(help="none or mse.  [default: mse]")] = None,
-    method: Annotated[str | None, typer.Option(help="rtn, rounding to nearest.  [default: rtn]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="rtn, rounding to nearest; gptq, fitted to text; auto.  [default: rtn]")
+    ] = None,
     rotate: Annotated[
         str | None, typer.Option(help="auto, none, or a comma list of r1 r2 r3 r4.  [default: auto, or the adapter's]")
     ] = None,

@@ -1,14 +1,16 @@
-"""--rotate auto: measure both frames on the calibration text, with the engine's own arithmetic, and take the better
-one."""
+"""--rotate auto and --method auto: measure what there is to choose from on the calibration text, with the engine's own
+arithmetic, and take the best."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rqc.compiler.calibrate import perplexity
+from rqc.compiler.calibrated import calibrated
 from rqc.compiler.calibration_text import calibration_ids
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress, Silent
@@ -27,37 +29,84 @@ MARGIN = 1.01
 COARSE_ACTIVATIONS = 6
 """Activations of so many bits and fewer are rotated where nothing can be measured."""
 
-Verdict = tuple[Rotation, dict[str, Any]]
+SAMPLES = 16
+"""Windows of the text that codes are fitted to while there is a choice; they are scored on what follows."""
 
 
-def choose_frame(
+@dataclass(frozen=True)
+class Choice:
+    """A frame and a method of rounding, and what is said of how they were chosen."""
+
+    rotation: Rotation
+    method: str
+    said: dict[str, Any]
+
+
+def choose(
     recipe: Recipe, imported: Imported, progress: Progress, merge: Merge | None = None, *, measure: bool = True
-) -> Verdict:
-    """The rotation of `--rotate auto` and {'chosen', 'scores'}: perplexities of both frames, rounded to 4 digits.
+) -> Choice:
+    """The rotation of `--rotate auto` and the method of `--method auto`, or those that the recipe names. said: 'chosen'
+    and 'scores', perplexities of every candidate, rounded to 4 digits, and the 'method' if that was chosen too.
 
     Adapters that are merged count: what is scored is the model that they make. With those to be switched, it is the
     model alone.
     """
-    none = Rotation.parse("none", recipe.hadamard, recipe.rotation_seed)
-    rotated = _candidate(recipe, imported)
+    open_, rotations = _open(recipe), _rotations(recipe, imported)
+    if not open_:
+        return _choice(recipe, rotations[0], recipe.method, None)
     if not recipe.scheme.quantized:
-        progress.line("rotate auto: none, nothing is quantized")
-        return none, _said(none, None)
-    ids = calibration_ids(recipe, imported, TOKENS) if measure else None
+        progress.line(f"{open_}: {rotations[0]}, nothing is quantized")
+        return _choice(recipe, rotations[0], "rtn", None)
+    methods = ("rtn", "gptq") if recipe.method == "auto" else (recipe.method,)
+    fitted = SAMPLES if "gptq" in methods else 0
+    ids = calibration_ids(recipe, imported, TOKENS, behind=fitted) if measure else None
     obstacle = _obstacle(recipe, imported, measure, ids)
     if ids is None or obstacle:
-        chosen = rotated if recipe.scheme.activation_bits <= COARSE_ACTIVATIONS else none
-        progress.line(f"rotate auto: {chosen}, by the scheme alone, because {obstacle}")
-        return chosen, _said(chosen, None)
-    scores = {str(rotation): _score(recipe, imported, rotation, ids, merge) for rotation in (none, rotated)}
-    chosen = rotated if scores[str(rotated)] <= MARGIN * scores[str(none)] else none
-    told = ", ".join(f"{name} {score:g}" for name, score in scores.items())
-    progress.line(f"rotate auto: {chosen} (perplexity on {ids.size} calibration tokens: {told})")
-    return chosen, _said(chosen, scores)
+        coarse = recipe.scheme.activation_bits <= COARSE_ACTIVATIONS
+        chosen = rotations[-1] if coarse else rotations[0]
+        progress.line(f"{open_}: {chosen}, {methods[0]}, by the scheme alone, because {obstacle}")
+        return _choice(recipe, chosen, methods[0], None)
+    scores = {
+        (rotation, method): _score(replace(recipe, method=method), imported, rotation, ids, merge)
+        for rotation in rotations
+        for method in methods
+    }
+    best = {rotation: min(methods, key=lambda method: scores[rotation, method]) for rotation in rotations}
+    figures = [scores[rotation, best[rotation]] for rotation in rotations]
+    chosen = rotations[-1] if figures[-1] <= MARGIN * figures[0] else rotations[0]
+    said = {_label(recipe, *candidate): score for candidate, score in scores.items()}
+    told = ", ".join(f"{name} {score:g}" for name, score in said.items())
+    progress.line(
+        f"{open_}: {_label(recipe, chosen, best[chosen])} (perplexity on {ids.size} calibration tokens: {told})"
+    )
+    return _choice(recipe, chosen, best[chosen], said)
 
 
-def _said(chosen: Rotation, scores: dict[str, float] | None) -> dict[str, Any]:
-    return {"chosen": str(chosen), "scores": scores}
+def _open(recipe: Recipe) -> str:
+    """What the recipe leaves open, in words."""
+    return " and ".join(
+        name for name, value in (("rotate auto", recipe.rotate), ("method auto", recipe.method)) if value == "auto"
+    )
+
+
+def _choice(recipe: Recipe, rotation: Rotation, method: str, scores: dict[str, float] | None) -> Choice:
+    said = {"chosen": str(rotation), "scores": scores, **({"method": method} if recipe.method == "auto" else {})}
+    return Choice(rotation, method, said)
+
+
+def _label(recipe: Recipe, rotation: Rotation, method: str) -> str:
+    """A candidate by what there is to choose."""
+    if recipe.method != "auto":
+        return str(rotation)
+    return f"{rotation} {method}" if recipe.rotate == "auto" else method
+
+
+def _rotations(recipe: Recipe, imported: Imported) -> tuple[Rotation, ...]:
+    """The rotation asked for, or none and the rotated frame."""
+    if recipe.rotation is not None:
+        return (recipe.rotation,)
+    none = Rotation.parse("none", recipe.hadamard, recipe.rotation_seed)
+    return (none, _candidate(recipe, imported)) if recipe.scheme.quantized else (none,)
 
 
 def _candidate(recipe: Recipe, imported: Imported) -> Rotation:
@@ -72,8 +121,10 @@ def _score(
 ) -> float:
     """Perplexity of the quantized graph in this frame, four significant digits. The graph is built anew: weights are
     lazy."""
+    few = replace(recipe, calibration_samples=min(recipe.calibration_samples, SAMPLES))
+    findings = calibrated(few, imported, rotation, merge, Silent())
     fresh = import_model(imported.checkpoint.directory)
-    steps = [*frame(recipe, fresh.description, rotation, merge), *grids(recipe, fresh.description)]
+    steps = [*frame(recipe, fresh.description, rotation, merge), *grids(recipe, fresh.description, findings)]
     steps += [] if merge is None or merge.names else merge.after_grid(rotation)
     target = onnx if recipe.target == "onnx" else tensorrt
     measure = ranges_on_text(recipe, fresh, Silent())

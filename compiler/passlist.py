@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rqc.compiler.findings import Findings
 from rqc.compiler.merge import Merge
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.targets import onnx, tensorrt
@@ -24,13 +25,14 @@ def passes_of(
     rotation: Rotation,
     merge: Merge | None = None,
     measure: Measure | None = None,
+    findings: Findings | None = None,
 ) -> list[Pass]:
     """THE list: exact folds with their online halves, the lossy grid, the adapter where it belongs, the kernels' form,
     the target's fusions, activations. measure: how ranges of activations are found, where a scheme has static ones."""
     target = onnx if recipe.target == "onnx" else tensorrt
     return [
         *frame(recipe, description, rotation, merge),
-        *grids(recipe, description),
+        *grids(recipe, description, findings),
         *([] if merge is None else merge.after_grid(rotation)),
         *target.packing(recipe, description, measure),
         *([] if merge is None else merge.after_packing()),
@@ -51,8 +53,8 @@ def frame(recipe: Recipe, description: Description, rotation: Rotation, merge: M
     return [*untie, *before, *norms, *rotate, *after]
 
 
-def grids(recipe: Recipe, description: Description) -> list[Pass]:
-    """Weights onto their block grids, embedding and head onto theirs."""
+def grids(recipe: Recipe, description: Description, findings: Findings | None = None) -> list[Pass]:
+    """Weights onto their block grids, with the codes that calibration has found; embedding and head onto theirs."""
     if not recipe.scheme.quantized:
         return []
     a = description.architecture
@@ -60,4 +62,5 @@ def grids(recipe: Recipe, description: Description) -> list[Pass]:
         table_grid_of(recipe, bits, a.hidden_size) if bits < 16 else None for bits in table_widths(recipe, a).values()
     )
     grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip, recipe.positive)
-    return [QuantizeLinears(description, grid), QuantizeTables(embedding, head)]
+    found = None if findings is None else findings.found
+    return [QuantizeLinears(description, grid, found=found), QuantizeTables(embedding, head)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import onnx_ir as ir
 
 from rqc.compiler import manifest as manifests
 from rqc.compiler.adapters import open_adapter, survival_of
-from rqc.compiler.frames import Verdict, choose_frame
+from rqc.compiler.calibrated import calibrated, with_method
+from rqc.compiler.findings import Findings
+from rqc.compiler.frames import Choice, choose
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
 from rqc.compiler.merge import Merge
@@ -25,7 +27,6 @@ from rqc.compiler.targets.guards import check_graph
 from rqc.compiler.targets.settle import settled
 from rqc.compiler.text import read_text
 from rqc.models.quantized import forget
-from rqc.models.rotation import Rotation
 from rqc.runtime.build import build_plan, require_builder
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine_writer import EngineSummary, check_target
@@ -96,10 +97,13 @@ def compile_model(
         raise InputError("--verify-each with --dtype bf16, which ONNX Runtime does not compute", hint="--dtype fp16")
     if recipe.builds and not dry_run:
         require_builder(recipe.target)  # before the minutes of folding
-    rotation, verdict = _rotation(recipe, imported, instruments.progress, merge, measure=not dry_run)
+    recipe = with_method(recipe, merge)
+    choice = choose(recipe, imported, instruments.progress, merge, measure=not dry_run)
+    rotation, recipe = choice.rotation, replace(recipe, method=choice.method)
+    findings = None if dry_run else calibrated(recipe, imported, rotation, merge, instruments.progress)
     model, description = imported.model, imported.description
     measure = unmeasured if dry_run else ranges_on_text(recipe, imported, instruments.progress)
-    instruments.run(model, passes_of(recipe, description, rotation, merge, measure))
+    instruments.run(model, passes_of(recipe, description, rotation, merge, measure, findings))
     parameters, companions = manifests.parameter_count(imported), manifests.companion_bytes(imported)
     estimated = estimate(model, parameters, companions, builds=recipe.builds)
     check_memory(estimated, recipe.max_memory)
@@ -110,7 +114,7 @@ def compile_model(
         if output is None:
             raise ValueError("a compile needs an output path unless it is a dry run")
         survival = None if merge is None else survival_of(model, merge, recipe, rotation, instruments.progress)
-        made = _Made(imported, model, recipe, rotation, verdict, merge, survival)
+        made = _Made(imported, model, recipe, choice, findings, merge, survival)
         summary = _write(Path(output), made, instruments.progress)
     return CompileReport(
         engine=None if dry_run else str(output),
@@ -118,7 +122,7 @@ def compile_model(
         seconds=time.perf_counter() - started,
         peak_rss_bytes=_peak(builds=recipe.builds),
         passes=instruments.records,
-        rotation=verdict,
+        rotation=choice.said,
         sha256=None if summary is None else summary.sha256,
         estimate=estimated,
         survival=survival,
@@ -131,13 +135,6 @@ def _peak(*, builds: bool) -> int:
     return sum(resource.getrusage(who).ru_maxrss for who in processes) * 1024
 
 
-def _rotation(recipe: Recipe, imported: Imported, progress: Progress, merge: Merge | None, *, measure: bool) -> Verdict:
-    """The rotation to use and what is said of the choice."""
-    if recipe.rotation is not None:
-        return recipe.rotation, {"chosen": str(recipe.rotation), "scores": None}
-    return choose_frame(recipe, imported, progress, merge, measure=measure)
-
-
 @dataclass(frozen=True, eq=False)
 class _Made:
     """A lowered model with everything that its engine says of it."""
@@ -145,8 +142,8 @@ class _Made:
     imported: Imported
     model: ir.Model
     recipe: Recipe
-    rotation: Rotation
-    verdict: dict[str, Any]
+    choice: Choice
+    findings: Findings | None
     merge: Merge | None
     survival: dict[str, float] | None
 
@@ -165,9 +162,11 @@ def _write(output: Path, made: _Made, progress: Progress) -> EngineSummary:
 
 def _write_onnx(output: Path, made: _Made, progress: Progress) -> EngineSummary:
     adapter = None if made.merge is None else made.merge.record(made.survival or {})
-    manifest = manifests.manifest_of(made.imported, made.model, made.recipe, made.rotation, adapter)
+    manifest = manifests.manifest_of(made.imported, made.model, made.recipe, made.choice.rotation, adapter)
     recipe = {name: value for name, value in made.recipe.to_json().items() if name != "adapter"}  # a path of this host
-    report = {"rotation": made.verdict, "recipe": recipe, "adapter": adapter, "survival": made.survival}
+    calibration = None if made.findings is None else made.findings.to_json()
+    report = {"rotation": made.choice.said, "recipe": recipe, "adapter": adapter, "survival": made.survival}
+    report |= {"calibration": calibration} if calibration else {}
     files = manifests.engine_files(made.imported, report)
     try:
         return write_engine(output, made.model, manifest, files, progress=progress.advance)

@@ -41,20 +41,19 @@ F32 = NDArray[np.float32]
 class Order:
     """Second moments of one input, factored for GPTQ: shared by all linears that read it.
 
-    moments: [K, K], symmetric. columns: the order in which they are rounded, groups whole. factor: U [K, K] in that
-    order, float32.
+    moments: [K, K], symmetric, float32. columns: the order in which they are rounded, groups whole. factor: U [K, K] in
+    that order, float32.
     """
 
-    moments: NDArray[Any]
+    moments: F32
     columns: NDArray[np.intp]
     factor: Tensor
 
     @classmethod
     def of(cls, moments: NDArray[np.float64], group: int) -> Order:
         """Factor second moments for groups of that many columns. Raises CheckpointError if that cannot be done."""
-        energy = np.diagonal(moments).copy()
-        columns = _by_energy(energy, group)
-        return cls(moments, columns, _factor(moments[np.ix_(columns, columns)]))
+        columns = _by_energy(np.diagonal(moments).copy(), group)
+        return cls(moments.astype(np.float32), columns, _factor(moments, columns))
 
 
 def _by_energy(energy: NDArray[np.float64], group: int) -> NDArray[np.intp]:
@@ -70,29 +69,31 @@ def _by_energy(energy: NDArray[np.float64], group: int) -> NDArray[np.intp]:
     return np.concatenate(list(inside))
 
 
-def _factor(moments: NDArray[np.float64]) -> Tensor:
-    """U with (moments + λ I)⁻¹ = Uᵀ U. In float32 where that works, in float64 or with a larger λ where it does not."""
-    wide = torch.from_numpy(moments)
-    mean = float(wide.diagonal().mean())
+def _factor(moments: NDArray[np.float64], columns: NDArray[np.intp]) -> Tensor:
+    """U with (moments + λ I)⁻¹ = Uᵀ U, columns reordered. In float32 where that works, in float64 or with a larger λ
+    where it does not."""
+    mean = float(np.diagonal(moments).mean())
     if not np.isfinite(mean):
         raise CheckpointError("its second moments are not finite", hint="repair the checkpoint")
     share = DAMPENING
     for _ in range(ATTEMPTS):
-        for dtype in (torch.float32, torch.float64):
-            found = _inverse_factor(wide.to(dtype, copy=True), share * (mean or 1.0))
+        for dtype in (np.float32, np.float64):
+            h = torch.from_numpy(moments.astype(dtype)[np.ix_(columns, columns)])
+            h.diagonal().add_(share * (mean or 1.0))
+            found = _inverse_factor(h)
             if found is not None:
                 return found
         share *= 10
     raise CheckpointError("its second moments have no Cholesky factor", hint="calibrate on more text")
 
 
-def _inverse_factor(h: Tensor, dampening: float) -> Tensor | None:
-    """U of h + dampening I, in place; None where that is not positive definite to the precision of its type."""
-    h.diagonal().add_(dampening)
+def _inverse_factor(h: Tensor) -> Tensor | None:
+    """U with h⁻¹ = Uᵀ U; None where h is not positive definite to the precision of its type."""
     lower, failed = torch.linalg.cholesky_ex(h)
     if failed:
         return None
     inverse = torch.cholesky_inverse(lower)
+    del lower
     upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     if failed or not bool(torch.isfinite(upper).all()):
         return None
@@ -109,8 +110,7 @@ def gptq(w: NDArray[Any], order: Order, grid: Grid, keep: NDArray[np.bool_] | No
     kept = w if keep is None else np.where(keep, w, 0)
     nearest = quantize(kept, grid)
     found = _Solver(nearest, grid, order, keep).solve(np.asarray(w, np.float32))
-    moments = order.moments.astype(np.float32)
-    before, after = (error_of((w - q.dequantize()).astype(np.float32), moments) for q in (nearest, found))
+    before, after = (error_of((w - q.dequantize()).astype(np.float32), order.moments) for q in (nearest, found))
     return _better_rows(nearest, found, before <= after)
 
 

@@ -1,0 +1,82 @@
+"""What calibration has found for a model in one frame."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rqc.models.packing import Quantized
+from rqc.models.quantized import Found
+
+DIGITS = 3
+"""Of the figures in a report: sums differ in the last bits from machine to machine."""
+
+
+@dataclass(eq=False)
+class CodeStore:
+    """Codes that were found, by weight name, in a folder of their own until the compile is over: no model's worth of
+    them is in memory."""
+
+    _folder: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rqc-codes-")
+    )
+    _found: dict[str, Found] = field(default_factory=dict)
+
+    def __setitem__(self, name: str, quantized: Quantized) -> None:
+        path = Path(self._folder.name) / f"{len(self._found)}.npz"
+        zeros = np.empty(0, np.uint8) if quantized.zero_points is None else quantized.zero_points
+        np.savez(path, codes=quantized.codes, scales=quantized.scales, zeros=zeros)
+        bits, storage, block = quantized.bits, quantized.storage_bits, quantized.block_size
+        self._found[name] = lambda: _read(path, bits, storage, block)
+
+    @property
+    def found(self) -> Mapping[str, Found]:
+        """What reads the codes of each weight."""
+        return self._found
+
+
+def _read(path: Path, bits: int, storage_bits: int, block: int) -> Quantized:
+    with np.load(path) as stored:
+        zeros = stored["zeros"] if stored["zeros"].size else None
+        return Quantized(stored["codes"], stored["scales"], zeros, bits, storage_bits, block)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a weight's codes fit: ‖(W − Ŵ) X‖ / ‖W X‖ over the calibration text, and the same after rounding to
+    nearest."""
+
+    error: float
+    nearest: float
+
+    def to_json(self) -> dict[str, float]:
+        """The fit as it stands in reports."""
+        return {"error": short(self.error), "nearest": short(self.nearest)}
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What was found, by weight name, on so many tokens."""
+
+    tokens: int
+    codes: CodeStore = field(default_factory=CodeStore)
+    fits: dict[str, Fit] = field(default_factory=dict)
+
+    @property
+    def found(self) -> Mapping[str, Found]:
+        """What reads the codes of each weight."""
+        return self.codes.found
+
+    def to_json(self) -> dict[str, Any]:
+        """What report.json says."""
+        return {"tokens": self.tokens, "linears": {name: fit.to_json() for name, fit in self.fits.items()}}
+
+
+def short(value: float) -> float:
+    """A figure as reports have it."""
+    return float(f"{value:.{DIGITS}g}")
