@@ -1,0 +1,149 @@
+"""GPTQ against what it promises: on the same grid never above rounding to nearest under the same moments, and near the
+optimum where that can be tried out."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rqc.models import gptq as module
+from rqc.models.gptq import Order, gptq
+from rqc.models.grid import Grid, quantize
+from rqc.models.moments import Moments, error_of
+from rqc.runtime.errors import CheckpointError
+
+Array = NDArray[np.float64]
+
+
+def moments_of(width: int, tokens: int, seed: int = 0) -> Array:
+    """Correlated inputs, some of them a hundred times as loud."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, width)) @ (rng.normal(size=(width, width)) * np.exp(rng.normal(size=width)))
+    x[:, :3] *= 100
+    return np.asarray(x.T @ x)
+
+
+def weight(rows: int, width: int) -> Array:
+    return np.random.default_rng(1).normal(size=(rows, width)) * 0.02
+
+
+def order_of(moments: Array, grid: Grid) -> Order:
+    width = len(moments)
+    return Order.of(moments, width if grid.group_size == -1 else grid.block(width))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("group", [16, 64, 256, -1])
+def test_no_row_is_worse_than_rounding_to_nearest(bits: int, group: int, symmetric: bool) -> None:
+    grid, w, moments = Grid(bits, group, symmetric, "mse"), weight(24, 200), moments_of(200, 600)
+    found, nearest = gptq(w, order_of(moments, grid), grid), quantize(w, grid)
+    before, after = (error_of(w - one.dequantize(), moments) for one in (nearest, found))
+    assert (after <= before * (1 + 1e-4)).all()
+    assert after.sum() <= 0.8**2 * before.sum()
+    low, high = grid.code_range
+    assert found.codes.min() >= low
+    assert found.codes.max() <= high
+    assert (found.zero_points is None) == symmetric
+    assert found.scales.shape == nearest.scales.shape
+
+
+@pytest.mark.parametrize("group", [16, -1])
+def test_columns_that_know_nothing_of_each_other_are_rounded_to_nearest(group: int) -> None:
+    grid, w = Grid(4, group, clip="mse"), weight(8, 72)
+    found, nearest = gptq(w, order_of(np.diag(np.arange(1.0, 73.0)), grid), grid), quantize(w, grid)
+    assert np.array_equal(found.codes, nearest.codes)
+    assert np.array_equal(found.scales, nearest.scales)
+
+
+def test_it_comes_near_the_best_of_all_codes() -> None:
+    """Every choice of 2-bit codes for 5 columns on the scales of rounding to nearest: GPTQ is greedy, not exact."""
+    grid, w, moments = Grid(2, -1), weight(6, 5), moments_of(5, 50, seed=3)
+    found, nearest = gptq(w, order_of(moments, grid), grid), quantize(w, grid)
+    every = np.asarray(list(product(range(4), repeat=5)))
+    for row in range(len(w)):
+        errors = error_of(w[row] - (every - 2.0) * nearest.scales[row, 0], moments)
+        mine = error_of((w - found.dequantize())[row : row + 1], moments)[0]
+        assert errors.min() * (1 - 1e-5) <= mine <= errors[: len(errors)].mean()
+    best = sum(error_of(w[r] - (every - 2.0) * nearest.scales[r, 0], moments).min() for r in range(len(w)))
+    assert error_of(w - found.dequantize(), moments).sum() <= 0.5 * (
+        best + error_of(w - nearest.dequantize(), moments).sum()
+    )
+
+
+def test_columns_keep_their_place_whatever_the_order_they_are_rounded_in() -> None:
+    grid, moments = Grid(4, 16, clip="mse"), moments_of(70, 300)
+    columns = order_of(moments, grid).columns
+    assert sorted(columns) == list(range(70))
+    groups = columns // 16
+    assert np.array_equal(groups[np.flatnonzero(np.diff(groups, prepend=-1))], list(dict.fromkeys(groups)))
+    assert groups[-1] == 4, "the group that is not whole stays the last"
+    assert not np.array_equal(columns, np.arange(70))
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_fewer_tokens_than_inputs(tokens: int) -> None:
+    grid, w, moments = Grid(4, 32), weight(8, 96), moments_of(96, tokens)
+    found = gptq(w, order_of(moments, grid), grid)
+    assert (
+        error_of(w - found.dequantize(), moments) <= error_of(w - quantize(w, grid).dequantize(), moments) + 1e-9
+    ).all()
+
+
+def test_an_input_that_is_never_there_is_rounded_to_nearest() -> None:
+    grid, w, moments = Grid(4, -1), weight(8, 40), moments_of(40, 200)
+    moments[7] = moments[:, 7] = 0
+    found, nearest = gptq(w, order_of(moments, grid), grid), quantize(w, grid)
+    assert np.array_equal(found.codes[:, 7], nearest.codes[:, 7])
+    assert not np.array_equal(found.codes, nearest.codes)
+
+
+def test_no_tokens_at_all_leave_rounding_to_nearest() -> None:
+    grid, w = Grid(4, 32), weight(4, 64)
+    assert np.array_equal(gptq(w, order_of(np.zeros((64, 64)), grid), grid).codes, quantize(w, grid).codes)
+
+
+def test_what_is_pruned_stays_zero_and_the_rest_makes_up_for_it() -> None:
+    grid, w, moments = Grid(4, 32, False, "mse"), weight(16, 64), moments_of(64, 300)
+    keep = np.tile([True, False, True, False], (16, 16))
+    found = gptq(w, order_of(moments, grid), grid, keep)
+    assert not found.dequantize()[~keep].any()
+    plain = quantize(np.where(keep, w, 0), grid).dequantize()
+    assert error_of(w - found.dequantize(), moments).sum() < error_of(w - plain, moments).sum()
+
+
+def test_float64_where_float32_has_no_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly equal columns and next to no dampening."""
+    monkeypatch.setattr(module, "DAMPENING", 1e-9)
+    x = np.random.default_rng(0).normal(size=(400, 1)) + 1e-4 * np.random.default_rng(1).normal(size=(400, 48))
+    grid, w = Grid(4, 16), weight(8, 48)
+    found = gptq(w, order_of(x.T @ x, grid), grid)
+    assert np.isfinite(found.scales).all()
+
+
+def test_moments_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="second moments are not finite"):
+        Order.of(np.full((32, 32), np.nan), 32)
+    with pytest.raises(CheckpointError, match="not finite on the calibration text"):
+        Moments(4).add(np.asarray([[1.0, 2.0, np.inf, 0.0]]))
+
+
+def test_moments_are_plain_sums_over_tokens() -> None:
+    rng = np.random.default_rng(0)
+    x, rounded = (rng.normal(size=(3, 50, 24)).astype(np.float32) for _ in range(2))
+    once, pieces = Moments(24, True), Moments(24, True)
+    once.add(x, rounded)
+    for part, there in zip(x, rounded, strict=True):
+        pieces.add(part, there)
+    flat, there = x.reshape(-1, 24).astype(np.float64), rounded.reshape(-1, 24).astype(np.float64)
+    assert once.tokens == pieces.tokens == 150
+    for found in (once, pieces):
+        for part, wanted in (
+            (found.plain, flat.T @ flat),
+            (found.rounded, there.T @ there),
+            (found.cross, flat.T @ there),
+        ):
+            np.testing.assert_allclose(part, wanted, atol=1e-4)
