@@ -1,0 +1,141 @@
+"""EoRA (arXiv 2410.21271): the low-rank branch that makes up for what rounding a linear does to what it computes.
+
+min E‖(ΔW - B A) x‖² over factors of rank r, ΔW = W - Ŵ, S = E[x xᵀ]: with the singular value decomposition
+ΔW S^½ = U G V the minimum is B A = U_r G_r V_r S^-½ = U_r U_rᵀ ΔW, and what is left of the objective is Σ_{k>r} G_k².
+The second form is the one that is computed. It inverts nothing, so that a text with fewer tokens than inputs does no
+harm; in directions that the text never took (where S^-½ would be a pseudo-inverse, and A zero) it costs nothing and is
+no further from ΔW than no branch.
+
+Departures from the published code: S is a plain sum over tokens (there early samples decay), and both factors share the
+length of U_rᵀ ΔW's rows by its root, so that they don't depend on the scale of x.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rqc.models.delta import Delta
+from rqc.runtime.errors import CheckpointError, SchemeError
+
+__all__ = ["eora", "eora_rounded", "ranks_by_budget", "rounded_difference", "spectrum", "tail"]
+
+Array = NDArray[np.float64]
+
+_SEEN = 1e-12
+"""Of the largest, the eigenvalue below which a direction is rounding error of float32 activations."""
+
+
+def eora(difference: Array, second_moment: Array, rank: int) -> Delta:
+    """The branch for ΔW [N, K] under S [K, K] (any positive multiple of E[x xᵀ]); float64, deterministic.
+
+    A branch of a lower rank is its first columns of B and rows of A. Where nothing is left to make up for, B is zero
+    and A's row a unit vector (training can start there). Raises SchemeError for a rank that the linear does not have,
+    CheckpointError if something is not finite.
+    """
+    if not 1 <= rank <= min(difference.shape):
+        raise SchemeError(
+            f"rank {rank} for a weight {list(difference.shape)}", hint=f"use 1 to {min(difference.shape)}"
+        )
+    u = _directions(difference, second_moment, rank)
+    a = u.T @ difference
+    lengths = np.linalg.norm(a, axis=1)
+    dead = lengths <= 1e-12 * (np.linalg.norm(difference) or 1.0)
+    roots = np.sqrt(np.where(dead, 1.0, lengths))
+    a, b = a / roots[:, None], u * roots
+    a[dead], b[:, dead] = np.eye(*a.shape)[dead], 0
+    return Delta(a, b)
+
+
+def eora_rounded(w: Array, quantized: Array, cross: Array, rounded: Array, rank: int) -> Delta:
+    """The branch where x is rounded to x̂ at run time too: min E‖W x - (Ŵ + B A) x̂‖², C = E[x x̂ᵀ], Ŝ = E[x̂ x̂ᵀ].
+
+    What Ŵ + B A should be is the regression of W x on x̂, M + Ŵ: it is EoRA of `rounded_difference`, under Ŝ. w and
+    quantized [N, K], cross and rounded [K, K] of one scale. Raises as `eora`.
+    """
+    return eora(rounded_difference(w, quantized, cross, rounded), rounded, rank)
+
+
+def rounded_difference(w: Array, quantized: Array, cross: Array, rounded: Array) -> Array:
+    """M = (W C) Ŝ⁻¹ - Ŵ [N, K]; where x̂ never went, W - Ŵ. Without rounding (C = Ŝ) it is W - Ŵ everywhere."""
+    difference: Array = w - quantized
+    shift = cross - rounded
+    if not shift.any():
+        return difference
+    values, vectors = _eigen(rounded)
+    seen = values > _SEEN * values.max(initial=0.0)
+    basis = vectors[:, seen]
+    moved: Array = ((w @ (shift @ basis)) / values[seen]) @ basis.T
+    return difference + moved
+
+
+def spectrum(difference: Array, second_moment: Array) -> Array:
+    """G [min(N, K)], falling: singular values of ΔW S^½, which say what a branch of any rank leaves."""
+    squares = _eigen(_gram(difference, second_moment)[0])[0][::-1]
+    values: Array = np.sqrt(np.maximum(squares, 0))
+    return values
+
+
+def tail(values: Array, rank: int) -> float:
+    """√(Σ_{k>r} G_k²): the root of the objective that the best branch of that rank leaves, rank 0 being none."""
+    return float(np.linalg.norm(values[rank:]))
+
+
+def ranks_by_budget(
+    spectra: Mapping[str, Array], shapes: Mapping[str, tuple[int, int]], parameters: int
+) -> dict[str, int]:
+    """Ranks of branches, by name, with at most so many factors' entries in all, that make up for the most.
+
+    spectra: G of each linear *relative to* √E‖W x‖². An objective is in the squared units of its linear's output,
+    which norms and gates behind it scale at will: a down_proj that writes large numbers would otherwise take all. As
+    shares of what the linear computes they add up. One more rank of a linear [N, K] takes off G_k² and costs N + K; G
+    falls, so the best next rank, bought again and again, is the optimum up to the last few that don't fit.
+    """
+    ranks = dict.fromkeys(spectra, 0)
+    offers = [_offer(name, 0, spectra[name], shapes[name]) for name in spectra if len(spectra[name])]
+    heapq.heapify(offers)
+    left = parameters
+    while offers:
+        gain, name, rank = heapq.heappop(offers)
+        cost = sum(shapes[name])
+        if gain == 0 or cost > left:
+            continue
+        left -= cost
+        ranks[name] = rank + 1
+        if rank + 1 < len(spectra[name]):
+            heapq.heappush(offers, _offer(name, rank + 1, spectra[name], shapes[name]))
+    return ranks
+
+
+def _offer(name: str, rank: int, values: Array, shape: tuple[int, int]) -> tuple[float, str, int]:
+    """What one rank more than `rank` takes off for each entry, negative, as a heap wants it."""
+    return -(float(values[rank]) ** 2) / sum(shape), name, rank
+
+
+def _directions(difference: Array, second_moment: Array, rank: int) -> Array:
+    """U_r [N, r]: the left singular vectors of ΔW S^½, orthonormal also where singular values are rounding error."""
+    gram, rooted = _gram(difference, second_moment)
+    leading = _eigen(gram)[1][:, : -rank - 1 : -1]
+    return leading if rooted is None else np.linalg.qr(rooted @ leading)[0]
+
+
+def _gram(difference: Array, second_moment: Array) -> tuple[Array, Array | None]:
+    """M Mᵀ of M = ΔW S^½, whose eigenvalues are G²; Mᵀ M and M [N, K] where that is smaller."""
+    if difference.shape[0] <= difference.shape[1]:
+        return difference @ second_moment @ difference.T, None
+    values, vectors = _eigen(second_moment)
+    rooted = difference @ (vectors * np.sqrt(np.maximum(values, 0)))
+    return rooted.T @ rooted, rooted
+
+
+def _eigen(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues, rising, and eigenvectors of a symmetric matrix. Raises CheckpointError if it is not finite."""
+    if not np.isfinite(matrix).all():
+        raise CheckpointError(
+            "an error or a second moment is not finite (NaN or infinity)", hint="repair the checkpoint"
+        )
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return values, vectors
