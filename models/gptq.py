@@ -27,12 +27,12 @@ from rqc.runtime.errors import CheckpointError
 
 __all__ = ["Order", "gptq"]
 
-COLUMNS = 128
+COLUMNS = 32
 """Columns whose errors are gathered before they reach the rest of the matrix."""
 DAMPENING = 0.01
 """λ in parts of the mean of the diagonal; ten times more after each factorisation that fails."""
 ATTEMPTS = 5
-BELOW_HALF = float(np.nextafter(np.float32(0.5), np.float32(0)))
+BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 
 F32 = NDArray[np.float32]
 
@@ -47,7 +47,7 @@ class Order:
 
     moments: F32
     columns: NDArray[np.intp]
-    factor: Tensor
+    factor: F32
 
     @classmethod
     def of(cls, moments: NDArray[np.float64], group: int) -> Order:
@@ -69,7 +69,7 @@ def _by_energy(energy: NDArray[np.float64], group: int) -> NDArray[np.intp]:
     return np.concatenate(list(inside))
 
 
-def _factor(moments: NDArray[np.float64], columns: NDArray[np.intp]) -> Tensor:
+def _factor(moments: NDArray[np.float64], columns: NDArray[np.intp]) -> F32:
     """U with (moments + λ I)⁻¹ = Uᵀ U, columns reordered. In float32 where that works, in float64 or with a larger λ
     where it does not."""
     mean = float(np.diagonal(moments).mean())
@@ -82,7 +82,7 @@ def _factor(moments: NDArray[np.float64], columns: NDArray[np.intp]) -> Tensor:
             h.diagonal().add_(share * (mean or 1.0))
             found = _inverse_factor(h)
             if found is not None:
-                return found
+                return found.numpy()
         share *= 10
     raise CheckpointError("its second moments have no Cholesky factor", hint="calibrate on more text")
 
@@ -126,7 +126,11 @@ def _better_rows(first: Quantized, second: Quantized, choose_first: NDArray[np.b
 
 @dataclass(eq=False)
 class _Solver:
-    """One run over the columns. like: a rounding of the same weight, whose form the result has."""
+    """One run over the columns. like: a rounding of the same weight, whose form the result has.
+
+    Everything lies column by column in memory, and is done without threads of its own: these would wait for each other
+    at every column.
+    """
 
     like: Quantized
     grid: Grid
@@ -134,54 +138,44 @@ class _Solver:
     keep: NDArray[np.bool_] | None
 
     def solve(self, w: F32) -> Quantized:
-        n, k = w.shape
-        columns, factor = self.order.columns, self.order.factor
-        open_ = torch.from_numpy(np.ascontiguousarray(w[:, columns]))
-        codes = torch.empty((n, k), dtype=torch.uint8)
-        keep = None if self.keep is None else torch.from_numpy(np.ascontiguousarray(self.keep[:, columns]))
-        scales, zeros = self._whole() if self.grid.group_size == -1 else self._empty(n)
-        for block in _slices(k, max(COLUMNS, self.grid.block(k))):
-            errors = torch.zeros((n, block.stop - block.start))
+        columns, factor, group = self.order.columns, self.order.factor, self.like.block_size
+        open_ = np.ascontiguousarray(w[:, columns].T)
+        keep = None if self.keep is None else np.ascontiguousarray(self.keep[:, columns].T)
+        codes = np.empty(w.shape, np.uint8)
+        scales, zeros = self._start()
+        for block in _slices(len(columns), COLUMNS):
+            errors = np.empty_like(open_[block])
             for at in range(block.start, block.stop):
-                group = int(columns[at]) // self.like.block_size
-                if self.grid.group_size != -1 and at % self.like.block_size == 0:
-                    self._fit(open_[:, at : at + self.like.block_size], group, scales, zeros)
-                scale, zero = scales[:, group], zeros[:, group]
-                column = open_[:, at]
-                code = self._round(column, scale, zero)
+                index = columns[at] // group
+                if self.grid.group_size != -1 and at % group == 0:
+                    scales[index], zeros[index] = self._fit(open_[at : at + group])
+                code = self._round(open_[at], scales[index], zeros[index])
                 if keep is not None:
-                    code = torch.where(keep[:, at], code, zero)
-                codes[:, at] = code.to(torch.uint8)
-                error = (column - (code - zero) * scale) / factor[at, at]
-                errors[:, at - block.start] = error
-                open_[:, at + 1 : block.stop].addr_(error, factor[at, at + 1 : block.stop], alpha=-1)
-            open_[:, block.stop :] -= errors @ factor[block, block.stop :]
-        placed = np.empty((n, k), np.uint8)
-        placed[:, columns] = codes.numpy()
-        found = None if self.like.zero_points is None else zeros.numpy().astype(np.uint8)
-        return replace(self.like, codes=placed, scales=scales.numpy(), zero_points=found)
+                    code = np.where(keep[at], code, zeros[index])
+                codes[:, columns[at]] = code
+                error = (open_[at] - (code - zeros[index]) * scales[index]) / factor[at, at]
+                errors[at - block.start] = error
+                open_[at + 1 : block.stop] -= factor[at, at + 1 : block.stop, None] * error
+            open_[block.stop :] -= factor[block, block.stop :].T @ errors
+        found = None if self.like.zero_points is None else zeros.T.astype(np.uint8)
+        return replace(self.like, codes=codes, scales=np.ascontiguousarray(scales.T), zero_points=found)
 
-    def _empty(self, rows: int) -> tuple[Tensor, Tensor]:
-        groups = self.like.scales.shape[1]
-        return torch.zeros((rows, groups)), torch.full((rows, groups), float(self.grid.center))
+    def _start(self) -> tuple[F32, F32]:
+        """Scales and zero points [G, N] of rounding to nearest, which whole rows keep."""
+        zeros = self.like.stored_zero_points().astype(np.float32)
+        return np.ascontiguousarray(self.like.scales.T), np.ascontiguousarray(zeros.T)
 
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        """Scales and zero points of whole rows: those of rounding to nearest."""
-        return torch.from_numpy(self.like.scales.copy()), torch.from_numpy(
-            self.like.stored_zero_points().astype(np.float32)
-        )
+    def _fit(self, columns: F32) -> tuple[F32, NDArray[np.uint8]]:
+        """Scales and zero points [N] of a group from its columns [B, N] as they are now."""
+        fitted = quantize(columns.T, self.grid, threads=1)
+        return fitted.scales[:, 0], fitted.stored_zero_points()[:, 0]
 
-    def _fit(self, columns: Tensor, group: int, scales: Tensor, zeros: Tensor) -> None:
-        """Scale and zero point of a group from its columns as they are now."""
-        fitted = quantize(columns.numpy(), self.grid)
-        scales[:, group] = torch.from_numpy(fitted.scales[:, 0])
-        zeros[:, group] = torch.from_numpy(fitted.stored_zero_points()[:, 0].astype(np.float32))
-
-    def _round(self, column: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    def _round(self, column: F32, scale: F32, zero: F32) -> F32:
         """The nearest codes, as `quantize` has them."""
-        inverse = torch.where(scale != 0, 1 / scale, 0.0)
+        inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
         lowest, highest = self.grid.code_range
-        return (column * inverse + zero).clamp(lowest, highest).add(BELOW_HALF).floor()
+        codes: F32 = np.floor(np.clip(column * inverse + zero, lowest, highest) + BELOW_HALF)
+        return codes
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:
