@@ -1,0 +1,187 @@
+"""Calibration on the IR against PyTorch: what linears read behind blocks that are rounded already, and what is made of
+it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import TinyModel, give_voice
+from tiny_adapters import save_peft
+
+from rqc.compiler.api import compile_engine
+from rqc.compiler.blockwise import Site, calibrate
+from rqc.compiler.calibrated import calibration_bytes
+from rqc.compiler.findings import CodeStore
+from rqc.compiler.importer import import_model
+from rqc.compiler.recipe import Recipe
+from rqc.compiler.verify import verify_engine
+from rqc.models.fake_quant import ActivationGrid, quantize_inputs, recording
+from rqc.models.grid import Grid, fake_quantize_activations, quantize
+from rqc.models.reference import Reference
+from rqc.models.token_grid import TokenGrid
+from rqc.passes.activations import QuantizeActivations
+from rqc.passes.quantize import QuantizeLinears
+from rqc.runtime.container import EngineFile
+from rqc.runtime.errors import InputError, ResourceError, SchemeError
+
+
+class Lines:
+    """Progress as a list."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def advance(self, label: str, done: int, total: int) -> None:
+        pass
+
+
+QUICK: dict[str, Any] = {"method": "gptq", "calibration_samples": 4, "calibration_length": 48, "rotate": "none"}
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2", "qwen2"])
+def test_moments_are_those_of_what_pytorch_reads_behind_rounded_blocks(name: str, tiny_model: TinyModel) -> None:
+    """Every block is seen in float, behind blocks that were rounded: no float model's inputs, no rounded model's."""
+    imported, grid = import_model(tiny_model(name)), Grid(3, 16)
+    ids = np.random.default_rng(0).integers(3, 96, (6, 20))
+    store, sites = CodeStore(), list[Site]()
+
+    def solve(site: Site) -> None:
+        sites.append(site)
+        for weight, lazy in site.weights.items():
+            store[weight] = quantize(lazy.read(), grid)
+
+    calibrate(imported.model, ids, solve, lambda: [QuantizeLinears(imported.description, grid, found=store.found)])
+    reference = Reference.load(tiny_model(name))
+    names = [weight for site in sites for weight in site.weights]
+    assert sorted(names) == sorted(claim.weight for claim in imported.description.claims)
+    for site in sites:
+        total = np.zeros((site.moments.width,) * 2)
+        first = next(iter(site.weights))
+        for row in ids:
+            with recording(reference, [first]) as record:
+                reference.logits(row)
+            total += record.inputs[first].T.astype(np.float64) @ record.inputs[first]
+        np.testing.assert_allclose(site.moments.plain, total, rtol=1e-3, atol=1e-4 * np.abs(total).max())
+        assert site.moments.tokens == ids.size
+        last = sites.index(site) + 1 == len(sites) or sites[sites.index(site) + 1].block != site.block
+        if last:
+            for weight in (weight for one in sites if one.block == site.block for weight in one.weights):
+                reference.set_weight(weight, store.found[weight]().dequantize())
+
+
+def test_rounded_activations_reach_the_next_block(tiny_model: TinyModel) -> None:
+    """With the weights left alone, the second block's inputs are those of a model whose first rounds what it reads."""
+    imported = import_model(tiny_model("llama16"))
+    ids, sites = np.random.default_rng(0).integers(3, 96, (2, 24)), list[Site]()
+    exact = Grid(8, 16)
+    calibrate(
+        imported.model,
+        ids,
+        sites.append,
+        lambda: [QuantizeLinears(imported.description, exact), QuantizeActivations(TokenGrid(3))],
+        lambda node: TokenGrid(3).round,
+    )
+    reference = Reference.load(tiny_model("llama16"))
+    here = [claim.weight for claim in imported.description.claims if claim.layer == 0]
+    for weight in here:
+        reference.set_weight(weight, quantize(reference.parts[weight].weight.numpy(), exact).dequantize())
+    quantize_inputs(reference, dict.fromkeys(here, ActivationGrid(3, -1)))
+    site = next(one for one in sites if "layers.1." in next(iter(one.weights)))
+    first, found = next(iter(site.weights)), np.zeros((site.moments.width,) * 2)
+    for row in ids:
+        with recording(reference, [first]) as record:
+            reference.logits(row)
+        found += record.inputs[first].T.astype(np.float64) @ record.inputs[first]
+    np.testing.assert_allclose(site.moments.plain, found, rtol=1e-3, atol=1e-4 * np.abs(found).max())
+    on_grid = fake_quantize_activations(record.inputs[first], -1, 3)
+    assert np.trace(site.moments.rounded) != pytest.approx(np.trace(site.moments.plain), rel=1e-6)
+    assert np.linalg.norm(on_grid) == pytest.approx(np.sqrt(np.trace(site.moments.rounded) / 2), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama-tied", {"scheme": "w4a16", "rotate": "r1,r2,r4"}),
+        ("qwen3", {"scheme": "w4a8", "symmetric": False}),
+        ("mixtral", {"scheme": "w3a16", "group_size": -1}),
+        ("phi3", {"scheme": "w4a4", "rotate": "r1,r4", "group_size": 64}),
+        ("gemma3", {"scheme": "w2a16", "rotate": "r4"}),
+    ],
+)
+def test_a_calibrated_engine_is_verified(
+    name: str, options: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    directory = give_voice(tiny_model(name, initializer_range=0.1))
+    compile_engine(directory, tmp_path / "e.plan", **{**QUICK, **options})
+    ids = np.random.default_rng(1).integers(3, 96, 200).tolist()
+    report = verify_engine(tmp_path / "e.plan", directory, token_ids=ids, tokens=200, window=100, threads=1)
+    assert report.passed, report.gates
+    with EngineFile.open(tmp_path / "e.plan") as engine:
+        assert engine.manifest["method"] == "gptq"
+        said = json.loads(engine.read("report.json"))["calibration"]
+    assert said["tokens"] == 4 * 48
+    fits = said["linears"].values()
+    assert all(fit["error"] <= fit["nearest"] for fit in fits)
+    assert np.median([fit["error"] / fit["nearest"] for fit in fits]) < 0.9
+
+
+def test_the_text_decides_and_the_same_text_gives_the_same_file(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory, digests = give_voice(tiny_model("llama16")), []
+    (tmp_path / "other.txt").write_text("zyxw! " * 200)
+    for index, text in enumerate((None, None, tmp_path / "other.txt")):
+        report = compile_engine(directory, tmp_path / f"{index}.plan", **QUICK, scheme="w4a16", calibration=text)
+        digests.append(report.sha256)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_method_auto_scores_both_on_text_that_codes_were_not_fitted_to(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory, lines = give_voice(tiny_model("llama16", initializer_range=0.1)), Lines()
+    options = {**QUICK, "method": "auto", "rotate": "auto", "scheme": "w3a16"}
+    report = compile_engine(directory, tmp_path / "e.plan", **options, progress=lines)
+    scores = report.rotation["scores"]
+    assert set(scores) == {f"{frame} {method}" for frame in ("none", "r1,r2,r4") for method in ("rtn", "gptq")}
+    chosen = f"{report.rotation['chosen']} {report.rotation['method']}"
+    assert scores[chosen] <= 1.01 * min(scores.values())
+    with EngineFile.open(tmp_path / "e.plan") as engine:
+        assert engine.manifest["method"] == report.rotation["method"]
+    assert any(line.startswith("rotate auto and method auto: ") for line in lines.lines)
+
+
+def test_a_text_that_is_too_short_is_said(tiny_model: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a few words " * 10)
+    lines, options = Lines(), {**QUICK, "calibration": tmp_path / "short.txt"}
+    compile_engine(give_voice(tiny_model("llama16")), tmp_path / "e.plan", **options, scheme="w4a16", progress=lines)
+    assert "calibration: the text holds 2 windows of 48 tokens, 4 were asked for" in lines.lines
+
+
+def test_what_cannot_be_calibrated_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    target = tmp_path / "e.plan"
+    with pytest.raises(InputError, match=r"--method gptq.*no tokenizer\.json") as raised:
+        compile_engine(tiny_model("llama16"), target, **QUICK)
+    assert "rtn" in raised.value.hint
+    with pytest.raises(SchemeError, match="--method gptq with --scheme fp16, which rounds no weights"):
+        compile_engine(tiny_model("llama16"), target, **QUICK, scheme="fp16")
+    voiced = give_voice(tiny_model("llama16"))
+    with pytest.raises(ResourceError, match="calibration takes about"):
+        compile_engine(voiced, target, **QUICK, max_memory="64MiB")
+    needed = [
+        calibration_bytes(import_model(voiced), Recipe.from_values({**QUICK, "scheme": s})) for s in ("w4a16", "w4a4")
+    ]
+    assert needed[0] < needed[1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folded_adapter_is_rounded_with_its_weight(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = give_voice(tiny_model("llama16", initializer_range=0.1))
+    adapter = save_peft(directory, tmp_path / "adapter", r=4)
+    compile_engine(directory, tmp_path / "e.plan", **QUICK, scheme="w4a16", adapter=adapter)
+    ids = np.random.default_rng(1).integers(3, 96, 120).tolist()
+    report = verify_engine(tmp_path / "e.plan", directory, adapter=adapter, token_ids=ids, tokens=120, window=60)
+    assert report.passed, report.gates
