@@ -12,6 +12,7 @@ reaches is rounded to nearest and touches no other.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,8 @@ COLUMNS = 32
 DAMPENING = 0.01
 """λ in parts of the mean of the diagonal; ten times more after each factorisation that fails."""
 ATTEMPTS = 5
+ALONE = 4096
+"""Columns below which a factorisation runs on one thread: a moment alone, many times that where threads must wait."""
 BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 
 F32 = NDArray[np.float32]
@@ -89,16 +92,27 @@ def _factor(moments: NDArray[np.float64], columns: NDArray[np.intp]) -> F32:
 
 def _inverse_factor(h: Tensor) -> Tensor | None:
     """U with h⁻¹ = Uᵀ U; None where h is not positive definite to the precision of its type."""
-    lower, failed = torch.linalg.cholesky_ex(h)
-    if failed:
-        return None
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    with _threads(1 if len(h) < ALONE else torch.get_num_threads()):
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if failed:
+            return None
+        inverse = torch.cholesky_inverse(lower)
+        del lower
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     if failed or not bool(torch.isfinite(upper).all()):
         return None
     found: Tensor = upper.float()
     return found
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def gptq(w: NDArray[Any], order: Order, grid: Grid, keep: NDArray[np.bool_] | None = None) -> Quantized:
