@@ -123,6 +123,12 @@ def on_grid(recipe: Recipe, adapters: Sequence[Adapter], progress: Progress) -> 
                 f"the adapter was trained with {_flag(name, value)}",
                 hint="leave the option out: the adapter brings its grid along",
             )
+    if recipe.layers or recipe.bits_budget is not None:
+        asked = "layers" if recipe.layers else "--bits-budget"
+        raise SchemeError(
+            f"{asked} with an adapter that was trained on a base of {grid.bits} bits, all of it",
+            hint="leave it out: the adapter brings its grid along",
+        )
     return replace(recipe, **brought)
 
 

@@ -79,6 +79,13 @@ def compile_(
         str | None, typer.Option(help="fp32 fp16 w8a16 w8a8 w6a6 w4a16 w4a8 w4a4 w3a16 w2a16.  [default: w4a8]")
     ] = None,
     group_size: Annotated[int | None, typer.Option(help="16 32 64 128 256, -1 per channel.  [default: 32]")] = None,
+    bits_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            help="With w4a16 w4a8 w4a4: the mean of all linears, each of 2 4 8 bits by how sensitive it is.",
+        ),
+    ] = None,
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Grids with or without zero points.  [symmetric]")
     ] = None,

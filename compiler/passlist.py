@@ -63,4 +63,4 @@ def grids(recipe: Recipe, description: Description, findings: Findings | None = 
     )
     grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip, recipe.positive)
     found = None if findings is None else findings.found
-    return [QuantizeLinears(description, grid, found=found), QuantizeTables(embedding, head)]
+    return [QuantizeLinears(description, grid, recipe.widths, found), QuantizeTables(embedding, head)]

@@ -17,6 +17,7 @@ from rqc.compiler.findings import Findings
 from rqc.compiler.frames import Choice, choose
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
+from rqc.compiler.layer_widths import measured_widths, with_widths
 from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.plan import write_engine
@@ -48,6 +49,7 @@ class CompileReport:
     sha256: str | None = None
     estimate: Estimate | None = None
     survival: dict[str, float] | None = None
+    widths: dict[str, Any] | None = None
     parity: dict[str, Any] | None = field(default=None)
 
     def to_json(self) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class CompileReport:
             "passes": [record.to_json() for record in self.passes],
             "rotation": self.rotation,
             "survival": self.survival,
+            **({} if self.widths is None else {"widths": self.widths}),
             "parity": self.parity,
             "sha256": self.sha256,
             "estimate": None if self.estimate is None else self.estimate.to_json(),
@@ -97,9 +100,10 @@ def compile_model(
         raise InputError("--verify-each with --dtype bf16, which ONNX Runtime does not compute", hint="--dtype fp16")
     if recipe.builds and not dry_run:
         require_builder(recipe.target)  # before the minutes of folding
-    recipe = with_method(recipe, merge)
+    recipe = with_widths(with_method(recipe, merge), imported)
     choice = choose(recipe, imported, instruments.progress, merge, measure=not dry_run)
     rotation, recipe = choice.rotation, replace(recipe, method=choice.method)
+    recipe, widths = measured_widths(recipe, imported, rotation, merge, instruments.progress, measure=not dry_run)
     findings = None if dry_run else calibrated(recipe, imported, rotation, merge, instruments.progress)
     model, description = imported.model, imported.description
     measure = unmeasured if dry_run else ranges_on_text(recipe, imported, instruments.progress)
@@ -114,7 +118,7 @@ def compile_model(
         if output is None:
             raise ValueError("a compile needs an output path unless it is a dry run")
         survival = None if merge is None else survival_of(model, merge, recipe, rotation, instruments.progress)
-        made = _Made(imported, model, recipe, choice, findings, merge, survival)
+        made = _Made(imported, model, recipe, choice, widths, findings, merge, survival)
         summary = _write(Path(output), made, instruments.progress)
     return CompileReport(
         engine=None if dry_run else str(output),
@@ -126,6 +130,7 @@ def compile_model(
         sha256=None if summary is None else summary.sha256,
         estimate=estimated,
         survival=survival,
+        widths=widths,
     )
 
 
@@ -143,6 +148,7 @@ class _Made:
     model: ir.Model
     recipe: Recipe
     choice: Choice
+    widths: dict[str, Any] | None
     findings: Findings | None
     merge: Merge | None
     survival: dict[str, float] | None
@@ -167,6 +173,7 @@ def _write_onnx(output: Path, made: _Made, progress: Progress) -> EngineSummary:
     calibration = None if made.findings is None else made.findings.to_json()
     report = {"rotation": made.choice.said, "recipe": recipe, "adapter": adapter, "survival": made.survival}
     report |= {"calibration": calibration} if calibration else {}
+    report |= {"widths": made.widths} if made.widths else {}
     files = manifests.engine_files(made.imported, report)
     try:
         return write_engine(output, made.model, manifest, files, progress=progress.advance)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rqc.compiler.adapter_sources import AdapterSource, parse_sources
+from rqc.compiler.layer_rules import LayerRule, check_budget, parse_rules
 from rqc.compiler.option_values import NUMBER, PATH, near_miss, one_of, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.rotation import KINDS, SITES, Rotation
@@ -39,8 +40,10 @@ class Recipe:
     None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships;
     calibration_samples windows of calibration_length tokens are read from it. adapter: PEFT directories, whose sum is
     merged as `merge` says, or which stay beside the weights to be switched at run time if they have names; a compile
-    fails where less than min_survival is left in a linear. given: the options that were asked for by name, which what
-    an adapter brings along does not replace.
+    fails where less than min_survival is left in a linear. layers: rules that give linears other widths than the
+    scheme's, the last that matches counts; bits_budget: the mean of the bits of all linears of the blocks, which those
+    without a rule fill. given: the options that were asked for by name, which what an adapter brings along does not
+    replace. widths: what rules and budget come to, by weight name, once the model is known.
     """
 
     target: str = "onnx"
@@ -49,6 +52,8 @@ class Recipe:
     symmetric: bool = True
     clip: Literal["none", "mse"] = "mse"
     method: str = "rtn"
+    layers: tuple[LayerRule, ...] = ()
+    bits_budget: float | None = None
     rotate: Literal["auto"] | frozenset[str] = "auto"
     rotation_seed: int = 0
     hadamard: str = "full"
@@ -67,6 +72,7 @@ class Recipe:
     profile: Profile | None = None
     portable: bool = False
     positive: bool = field(default=False, compare=False, repr=False)
+    widths: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +85,7 @@ class Recipe:
         one_of("merge", self.merge, MERGES, SchemeError)
         if self.dtype is not None:
             one_of("dtype", self.dtype, DTYPES, SchemeError)
+        check_budget(self.scheme, self.layers, self.bits_budget)
         if not -math.inf < self.min_survival <= 1:
             raise InputError(f"min_survival is {self.min_survival}", hint="a share up to 1, such as 0.5")
         if not self.adapter and (self.merge, self.min_survival) != ("auto", 0.5):
@@ -144,6 +151,7 @@ class Recipe:
             **{name: value for name, value in plain.items() if value is not None and value != ()},
             **({} if self.profile is None else {"profile": str(self.profile)}),
             **({"sm": list(self.sm)} if self.sm else {}),
+            **({"layers": [rule.to_json() for rule in self.layers]} if self.layers else {}),
             "scheme": self.scheme.name,
             "rotate": rotate,
             **({} if self.calibration is None else {"calibration": str(self.calibration)}),
@@ -189,7 +197,7 @@ class Recipe:
 
 def option_names() -> list[str]:
     """The names of all options: the fields of a recipe but what is derived."""
-    return [field.name for field in fields(Recipe) if field.name not in ("given", "positive")]
+    return [field.name for field in fields(Recipe) if field.name not in ("given", "positive", "widths")]
 
 
 def parse_size(text: str) -> int:
@@ -223,7 +231,9 @@ def _parse(name: str, value: Any) -> Any:
         return parse_sms(value)
     if name in ("symmetric", "portable"):
         return typed(name, value, bool)
-    if name == "min_survival":
+    if name == "layers":
+        return parse_rules(value)
+    if name in ("min_survival", "bits_budget"):
         return float(typed(name, value, NUMBER))
     texts = ("target", "clip", "method", "hadamard", "tied", "merge", "dtype")
     return typed(name, value, str if name in texts else int)

@@ -95,9 +95,8 @@ def block_bytes(imported: Imported, recipe: Recipe, tokens: int) -> int:
     """What it takes to run the model block by block: the largest part's weights three times (made, stored, packed), and
     activations."""
     a = imported.description.architecture
-    per_layer = (
-        1.25 * recipe.scheme.weight_bits / 8 * sum(prod(imported.description.shape(c)) for c in _first_layer(imported))
-    )
+    widest = max((recipe.scheme.weight_bits, *recipe.widths.values()))
+    per_layer = 1.25 * widest / 8 * sum(prod(imported.description.shape(c)) for c in _first_layer(imported))
     table = 1.25 * max(recipe.table_bits(tied=a.tied)) / 8 * a.vocab_size * a.hidden_size
     folding = 8 * 3 * max(prod(imported.description.shape(claim)) for claim in imported.description.claims)
     activations = 4 * tokens * (4 * a.hidden_size + 4 * a.intermediate_size) + 12 * 512 * a.vocab_size

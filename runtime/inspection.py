@@ -110,6 +110,7 @@ class Inspection:
             ("model", _model_text(manifest)),
             ("size", f"{size_text(self.size_bytes)}, weights {size_text(self.weight_bytes)}"),
             ("bits per weight", "unknown" if bits is None else f"{bits:.2f}"),
+            *_width_rows(self.layers),
             ("kv cache", str(manifest.get("kv_cache"))),
             ("context", f"{manifest.get('context_length')} tokens"),
             *_memory_rows(memory),
@@ -231,6 +232,20 @@ def size_text(size: int) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size} bytes"
+
+
+def _width_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """How many linears of the blocks have which width, where they differ, and the mean over their weights."""
+    rows = {row["name"]: row for row in layers if "layers." in str(row.get("name")) and "storage_bits" in row}
+    linears, weights = Counter[int](), Counter[int]()
+    for name, row in rows.items():
+        linears[row["bits"]] += len(name.split("+"))
+        weights[row["bits"]] += math.prod(row["shape"])
+    if len(linears) < 2:
+        return []
+    counts = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(linears.items()))
+    mean = sum(bits * count for bits, count in weights.items()) / max(1, weights.total())
+    return [("linears", f"{counts}: {mean:.3f} bits on average, without scales")]
 
 
 def _memory_rows(memory: Mapping[str, int]) -> list[tuple[str, str]]:

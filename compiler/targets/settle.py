@@ -32,7 +32,7 @@ def settled(recipe: Recipe, architecture: Architecture, merge: Merge | None) -> 
         dtype=_dtype(recipe),
         group_size=_group_size(recipe),
         positive=merge is None or all(_floats(part.adapter.basis) for part in merge.parts),
-        sm=checked_sms(recipe.target, recipe.sm, int4=recipe.scheme.weight_bits <= 4),
+        sm=checked_sms(recipe.target, recipe.sm, int4=min((recipe.scheme.weight_bits, *(rule.bits for rule in recipe.layers))) <= 4),
     )
 
 
