@@ -93,6 +93,19 @@ def compile_(
     method: Annotated[
         str | None, typer.Option(help="rtn, rounding to nearest; gptq, fitted to text; auto.  [default: rtn]")
     ] = None,
+    activation_symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--activation-symmetric/--activation-asymmetric",
+            help="Activations per token with or without zero points.  [symmetric]",
+        ),
+    ] = None,
+    activation_clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATIO|auto", help="Clip their range to this share, or search it on the text.  [default: 1.0]"
+        ),
+    ] = None,
     rotate: Annotated[
         str | None, typer.Option(help="auto, none, or a comma list of r1 r2 r3 r4.  [default: auto, or the adapter's]")
     ] = None,

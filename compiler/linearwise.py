@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-import torch
 from numpy.typing import NDArray
 
 from rqc.compiler.belonging import relative
@@ -25,7 +24,7 @@ from rqc.compiler.probe import feed
 from rqc.compiler.rounding import Rounding
 from rqc.compiler.stored import StoredGraph, StoredLinear
 from rqc.models.description import EMBEDDING
-from rqc.models.fake_quant import ActivationGrid, Recording, StaticGrid, recording
+from rqc.models.fake_quant import InputGrid, Recording, recording
 from rqc.models.reference import Reference
 from rqc.passes.scatter_cache import CAPACITY
 from rqc.runtime.backends.session import compute_as_written
@@ -141,7 +140,7 @@ def _linear(
     name: str,
     session: ort.InferenceSession,
     seen: _Seen,
-    grid: ActivationGrid | StaticGrid | None,
+    grid: InputGrid | None,
     by_kernel: bool,
 ) -> LinearParity:
     x, y, engine_x = seen.x, seen.y, seen.engine_x
@@ -152,7 +151,7 @@ def _linear(
     rounded = relative(_alone(session, engine_x), y)
     if not by_kernel:  # what the graph has rounded lies on the grid
         wide = engine_x.astype(np.float32)
-        error = max(error, relative(wide, grid.round(torch.from_numpy(wide)).numpy()))
+        error = max(error, relative(wide, grid.read(wide)))
     return LinearParity(name, x.size, float((off == 0).mean()), int(off.max()), error, rounded)
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from rqc.compiler.importer import Imported
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.targets.grids import token_grid
 from rqc.compiler.targets.tensorrt import has_static_activations
 from rqc.compiler.text import read_tokenizer
 from rqc.compiler.tokenizer_files import (
@@ -75,6 +76,7 @@ def manifest_of(
         "adapter": adapter,
         "kv_cache": "float",
         "activations": activation_grid(recipe),
+        **_activation_options(recipe),
         "context_length": a.context_length,
         "generation": special_ids(imported.checkpoint.directory, imported.config),
         "architecture": a.to_json(),
@@ -99,8 +101,21 @@ def activation_grid(recipe: Recipe) -> str:
     if bits == 8:
         return "int8 per token and weight block, by the kernel (MatMulNBits accuracy_level 4)"
     if recipe.scheme.quantizes_activations:
-        return f"{bits}-bit per token, symmetric, quantize-dequantize in float32"
+        return _per_token(recipe)
     return "float32"
+
+
+def _per_token(recipe: Recipe) -> str:
+    searched = ", clip searched per tensor on the calibration text" if recipe.activation_clip == "auto" else ""
+    return f"{token_grid(recipe)}{searched}, quantize-dequantize in float32"
+
+
+def _activation_options(recipe: Recipe) -> dict[str, Any]:
+    """What of the activations' grid is not the default."""
+    return {
+        **({} if recipe.activation_symmetric else {"activation_symmetric": False}),
+        **({} if recipe.activation_clip == 1 else {"activation_clip": recipe.activation_clip}),
+    }
 
 
 def _tensorrt(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
@@ -117,7 +132,7 @@ def _tensorrt_grid(recipe: Recipe) -> str:
     if has_static_activations(recipe):
         return "int8 per tensor, static scales from the calibration text"
     if recipe.scheme.quantizes_activations:
-        return f"{recipe.scheme.activation_bits}-bit per token, symmetric, quantize-dequantize in float32"
+        return _per_token(recipe)
     return {"fp16": "float16", "bf16": "bfloat16"}.get(recipe.dtype or "", "float32")
 
 

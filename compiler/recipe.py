@@ -36,8 +36,9 @@ MERGES = ("auto", "fold", "zero-point", "branch")
 class Recipe:
     """Every option of a compile. Raises an RqcError that names the allowed values for anything else.
 
-    rotate: "auto", or the rotated sites (none of them: no rotation). embedding_bits, head_bits: 16 and 32 are floats;
-    None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships;
+    activation_symmetric, activation_clip: of a grid per token; "auto" is searched on the calibration text, tensor by
+    tensor. rotate: "auto", or the rotated sites (none of them: no rotation). embedding_bits, head_bits: 16 and 32 are
+    floats; None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships;
     calibration_samples windows of calibration_length tokens are read from it. adapter: PEFT directories, whose sum is
     merged as `merge` says, or which stay beside the weights to be switched at run time if they have names; a compile
     fails where less than min_survival is left in a linear. layers: rules that give linears other widths than the
@@ -54,6 +55,8 @@ class Recipe:
     method: str = "rtn"
     layers: tuple[LayerRule, ...] = ()
     bits_budget: float | None = None
+    activation_symmetric: bool = True
+    activation_clip: float | Literal["auto"] = 1.0
     rotate: Literal["auto"] | frozenset[str] = "auto"
     rotation_seed: int = 0
     hadamard: str = "full"
@@ -85,6 +88,7 @@ class Recipe:
         one_of("merge", self.merge, MERGES, SchemeError)
         if self.dtype is not None:
             one_of("dtype", self.dtype, DTYPES, SchemeError)
+        self._check_activations()
         check_budget(self.scheme, self.layers, self.bits_budget)
         if not -math.inf < self.min_survival <= 1:
             raise InputError(f"min_survival is {self.min_survival}", hint="a share up to 1, such as 0.5")
@@ -105,6 +109,32 @@ class Recipe:
             raise InputError(f"max_memory is {self.max_memory}", hint="a size such as 4GiB or 512MiB")
         if self.rotate != "auto":
             Rotation(self.rotate, self.hadamard, self.rotation_seed)  # raises RotationError for unknown sites
+
+    def _check_activations(self) -> None:
+        """Raise an RqcError for a grid of activations that the scheme does not have on its target."""
+        clip = self.activation_clip
+        if clip != "auto" and not 0 < clip <= 1:
+            raise InputError(f"activation_clip is {clip}", hint="auto, or a ratio above 0 and up to 1, such as 0.9")
+        if self.activation_symmetric and clip == 1:
+            return
+        asked = "--activation-asymmetric" if not self.activation_symmetric else f"--activation-clip {clip}"
+        near = "w6a6" if self.scheme.weight_bits == 8 else "w4a4"
+        if not self.scheme.quantizes_activations:
+            raise SchemeError(
+                f"{asked} with --scheme {self.scheme}, which leaves activations in floats",
+                hint=f"--scheme {near}, or leave it out",
+            )
+        if self.scheme.activation_bits == 8 and self.target == "onnx":
+            raise SchemeError(
+                f"{asked} with --scheme {self.scheme} on onnx: the kernel (MatMulNBits) rounds activations by itself, "
+                "symmetric and without clipping",
+                hint=f"--scheme {near}, or leave it out",
+            )
+        if self.scheme.name == "w8a8":
+            raise SchemeError(
+                f"{asked} with --scheme {self.scheme} on {self.target}, whose activations have static scales",
+                hint="--scheme w4a8 or w6a6, or leave it out",
+            )
 
     def stated(self, name: str) -> bool:
         """Whether an option was asked for: by name, or with another value than the default."""
@@ -229,7 +259,9 @@ def _parse(name: str, value: Any) -> Any:
         return value if isinstance(value, Profile) else Profile.parse(typed(name, value, str))
     if name == "sm":
         return parse_sms(value)
-    if name in ("symmetric", "portable"):
+    if name == "activation_clip":
+        return _parse_clip(value)
+    if name in ("symmetric", "activation_symmetric", "portable"):
         return typed(name, value, bool)
     if name == "layers":
         return parse_rules(value)
@@ -237,6 +269,18 @@ def _parse(name: str, value: Any) -> Any:
         return float(typed(name, value, NUMBER))
     texts = ("target", "clip", "method", "hadamard", "tied", "merge", "dtype")
     return typed(name, value, str if name in texts else int)
+
+
+def _parse_clip(value: Any) -> float | Literal["auto"]:
+    """'auto', or a ratio as a number or its text."""
+    if not isinstance(value, str):
+        return float(typed("activation_clip", value, NUMBER))
+    if value.strip() == "auto":
+        return "auto"
+    try:
+        return float(value)
+    except ValueError:
+        raise InputError(f"activation_clip is {value!r}", hint="auto, or a ratio such as 0.9") from None
 
 
 def _parse_rotate(value: Any) -> Literal["auto"] | frozenset[str]:

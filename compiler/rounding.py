@@ -8,8 +8,10 @@ import onnx_ir as ir
 
 from rqc.compiler.stored import HINT, StoredGraph, StoredLinear
 from rqc.models.description import EMBEDDING, HEAD
-from rqc.models.fake_quant import ActivationGrid, StaticGrid, quantize_inputs
+from rqc.models.fake_quant import ActivationGrid, GraphGrid, InputGrid, StaticGrid, quantize_inputs
 from rqc.models.reference import Reference
+from rqc.models.token_grid import TokenGrid
+from rqc.passes.base import CLIP
 from rqc.runtime.errors import EngineFormatError
 
 
@@ -18,27 +20,38 @@ class Rounding:
     """Activations of `bits`, rounded by the linears' kernels out of sight, or by the graph in front of them.
 
     by_kernel: per token and block of the weight, for the head too (MatMulNBits at accuracy level 4). Else per token, or
-    static: one scale per tensor; the head reads floats.
+    static: one scale per tensor; the head reads floats. symmetric, clip: of a grid per token; clip None: each linear's
+    node says its own.
     """
 
     bits: int
     by_kernel: bool = False
     static: bool = False
+    symmetric: bool = True
+    clip: float | None = 1.0
 
     @classmethod
     def of(cls, stored: StoredGraph, bits: int) -> Rounding:
         """What the manifest says."""
-        static = str(stored.file.manifest["activations"]).startswith("int8 per tensor")
-        return cls(bits, bits == 8 and stored.file.manifest["target"] == "onnx", static)
+        manifest = stored.file.manifest
+        static = str(manifest["activations"]).startswith("int8 per tensor")
+        clip = manifest.get("activation_clip", 1.0)
+        return cls(
+            bits,
+            bits == 8 and manifest["target"] == "onnx",
+            static,
+            bool(manifest.get("activation_symmetric", True)),
+            None if clip == "auto" else float(clip),
+        )
 
     @property
     def alone(self) -> bool:
         """Whether what runs beside a linear reads x as it is. Else it reads the rounded x."""
         return self.by_kernel or self.static
 
-    def grids(self, stored: StoredGraph) -> dict[str, ActivationGrid | StaticGrid]:
+    def grids(self, stored: StoredGraph) -> dict[str, InputGrid]:
         """The grid of each quantized linear's input, by its name in the manifest. Raises EngineFormatError for one
-        without the scale that it should have."""
+        without the scale that it should have, or clipped otherwise than the engine says."""
         return {
             label: self._grid(stored, linear)
             for label, linear in stored.linears.items()
@@ -50,10 +63,45 @@ class Rounding:
         grids = {name: grid for label, grid in self.grids(stored).items() for name in stored.linears[label].names}
         quantize_inputs(reference, grids, linear_alone=self.alone)
 
-    def _grid(self, stored: StoredGraph, linear: StoredLinear) -> ActivationGrid | StaticGrid:
+    def _grid(self, stored: StoredGraph, linear: StoredLinear) -> InputGrid:
         if self.static:
             return StaticGrid(_scale(stored, linear))
-        return ActivationGrid(self.bits, stored.block(linear) if self.by_kernel else -1)
+        if self.by_kernel:
+            return ActivationGrid(self.bits, stored.block(linear))
+        grid = TokenGrid(self.bits, self.symmetric, _ratio(stored, linear) if self.clip is None else self.clip)
+        _check_divisor(stored, linear, grid)
+        return GraphGrid(grid)
+
+
+def _ratio(stored: StoredGraph, linear: StoredLinear) -> float:
+    """The clip ratio that a linear's node says."""
+    said = linear.nodes[0].metadata_props.get(CLIP, "")
+    try:
+        ratio = float(said)
+    except ValueError:
+        ratio = 0.0
+    if not 0 < ratio <= 1:
+        raise EngineFormatError(f"{stored.file.path}: {linear.label} has the clip ratio {said!r}", hint=HINT)
+    return ratio
+
+
+def _check_divisor(stored: StoredGraph, linear: StoredLinear, grid: TokenGrid) -> None:
+    """Raise EngineFormatError if the graph makes another scale of a token than the grid; codes of a few linears that
+    are off would hardly show. Where nothing rounds, the codes do."""
+    back = linear.input.producer()
+    if back is not None and back.op_type == "Cast" and back.inputs[0] is not None:
+        back = back.inputs[0].producer()
+    least = back.inputs[1].producer() if back is not None and back.op_type == "Mul" and back.inputs[1] else None
+    divide = least.inputs[0].producer() if least is not None and least.op_type == "Max" and least.inputs[0] else None
+    if divide is None or divide.op_type != "Div":
+        return
+    found = stored.array(divide.inputs[1])
+    if found.size != 1 or found != grid.divisor:
+        raise EngineFormatError(
+            f"{stored.file.path}: {linear.label} divides what it reads by {found.ravel()[0]:g}, {grid} by "
+            f"{grid.divisor:g}",
+            hint=HINT,
+        )
 
 
 def _scale(stored: StoredGraph, linear: StoredLinear) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rqc.models.description import Description
 from rqc.models.grid import Grid, activation_codes, fake_quantize_activations
 from rqc.models.reference import Reference
+from rqc.models.token_grid import TokenGrid
 
 F32 = NDArray[np.float32]
 
@@ -35,6 +36,30 @@ class ActivationGrid:
         """x [..., K] on the grid."""
         return torch.from_numpy(fake_quantize_activations(x.numpy(), self.block, self.bits))
 
+    def read(self, x: F32) -> F32:
+        """What the codes of x, which lies on the grid, stand for."""
+        return fake_quantize_activations(x, self.block, self.bits)
+
+
+@dataclass(frozen=True)
+class GraphGrid:
+    """Dynamic, per token, as the graph rounds: with zero points or without, clipped or not."""
+
+    grid: TokenGrid
+
+    def codes(self, x: F32) -> NDArray[np.int16]:
+        """Codes of x [..., K], which lies on the grid, counted from the zero point."""
+        return self.grid.read(x)[0]
+
+    def round(self, x: Tensor) -> Tensor:
+        """x [..., K] on the grid."""
+        return torch.from_numpy(self.grid.round(x.numpy()))
+
+    def read(self, x: F32) -> F32:
+        """What the codes of x, which lies on the grid, stand for."""
+        codes, scales = self.grid.read(x)
+        return codes.astype(np.float32) * scales
+
 
 @dataclass(frozen=True)
 class StaticGrid:
@@ -49,7 +74,15 @@ class StaticGrid:
 
     def round(self, x: Tensor) -> Tensor:
         """x on the grid."""
-        return torch.from_numpy(self.codes(x.numpy()).astype(np.float32) * np.float32(self.scale))
+        return torch.from_numpy(self.read(x.numpy()))
+
+    def read(self, x: F32) -> F32:
+        """What the codes of x stand for."""
+        return self.codes(x).astype(np.float32) * np.float32(self.scale)
+
+
+InputGrid = ActivationGrid | GraphGrid | StaticGrid
+"""How what a linear reads is rounded."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -104,9 +137,7 @@ def round_inputs_ste(reference: Reference, grids: Mapping[str, ActivationGrid], 
         module.register_forward_pre_hook(lambda _, args, grid=grid: (fake_quantize_ste(args[0], grid), *args[1:]))
 
 
-def quantize_inputs(
-    reference: Reference, grids: Mapping[str, ActivationGrid | StaticGrid], *, linear_alone: bool = False
-) -> None:
+def quantize_inputs(reference: Reference, grids: Mapping[str, InputGrid], *, linear_alone: bool = False) -> None:
     """Round what the named linears read, behind the rotation before them if any. Parts of one module share a grid.
 
     linear_alone: what runs beside a linear in a wrapper, such as an adapter, reads x as it is.
@@ -124,10 +155,10 @@ def quantize_inputs(
 class _Memo:
     """The last rounded input: q, k and v, gate and up read the same tensor one after the other."""
 
-    key: tuple[Tensor, ActivationGrid | StaticGrid] | None = None
+    key: tuple[Tensor, InputGrid] | None = None
     value: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def round(self, x: Tensor, grid: ActivationGrid | StaticGrid) -> Tensor:
+    def round(self, x: Tensor, grid: InputGrid) -> Tensor:
         if self.key is None or self.key[0] is not x or self.key[1] != grid:
             self.key, self.value = (x, grid), grid.round(x)
         return self.value

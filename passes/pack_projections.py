@@ -8,7 +8,17 @@ import onnx_ir as ir
 
 from rqc.models.description import Description
 from rqc.models.quantized import LazyQuantized
-from rqc.passes.base import LINEAR, Pass, discard, initializer, insert_before, lazy_initializer, linears, replace_uses
+from rqc.passes.base import (
+    CLIP,
+    LINEAR,
+    Pass,
+    discard,
+    initializer,
+    insert_before,
+    lazy_initializer,
+    linears,
+    replace_uses,
+)
 from rqc.passes.pack import MICROSOFT, packed_inputs
 from rqc.passes.quantize import quantized_of
 
@@ -55,7 +65,7 @@ def _pack(model: ir.Model, nodes: list[ir.Node]) -> bool:
         attributes={**nodes[0].attributes, "N": ir.AttrInt64("N", stack.shape[0])},
         domain=MICROSOFT,
         name=f"{name}/MatMulNBits",
-        metadata_props={LINEAR: "+".join(names)},
+        metadata_props={**_clip(nodes[0]), LINEAR: "+".join(names)},
     )
     packed.outputs[0].name, packed.outputs[0].type = f"{name}.output", ir.TensorType(ir.DataType.FLOAT)
     split = _split(model, name, packed.outputs[0], quantized)
@@ -66,6 +76,11 @@ def _pack(model: ir.Model, nodes: list[ir.Node]) -> bool:
         replace_uses(node.outputs[0], part)
         _drop(model, node)
     return True
+
+
+def _clip(node: ir.Node) -> dict[str, str]:
+    """The clip ratio of what a linear reads, if it has been recorded: that of all that read the same."""
+    return {CLIP: node.metadata_props[CLIP]} if CLIP in node.metadata_props else {}
 
 
 def _joined(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.targets.grids import token_grid
 from rqc.compiler.widths import table_widths
 from rqc.models.description import Description
 from rqc.passes.accumulation import Int8Accumulation
@@ -57,4 +58,4 @@ def activations(recipe: Recipe) -> list[Pass]:
     bit."""
     if recipe.scheme.activation_bits == 8:
         return [Int8Accumulation()]
-    return [QuantizeActivations(recipe.scheme.activation_bits)] if recipe.scheme.quantizes_activations else []
+    return [QuantizeActivations(token_grid(recipe))] if recipe.scheme.quantizes_activations else []

@@ -4,6 +4,7 @@ codes behind DequantizeLinear."""
 from __future__ import annotations
 
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.targets.grids import token_grid
 from rqc.models.description import Description
 from rqc.passes.activations import QuantizeActivations
 from rqc.passes.base import Pass
@@ -45,5 +46,4 @@ def activations(recipe: Recipe) -> list[Pass]:
     """One scale per tensor where integer products want it, per token elsewhere."""
     if has_static_activations(recipe):
         return [StaticActivations()]
-    bits = recipe.scheme.activation_bits
-    return [QuantizeActivations(bits)] if recipe.scheme.quantizes_activations else []
+    return [QuantizeActivations(token_grid(recipe))] if recipe.scheme.quantizes_activations else []

@@ -25,8 +25,10 @@ from rqc.compiler.recipe import Recipe
 from rqc.compiler.targets import guards
 from rqc.compiler.targets.settle import settled
 from rqc.models.description import HEAD
+from rqc.models.rotation import Rotation
+from rqc.models.token_grid import TokenGrid
 from rqc.passes.activations import QuantizeActivations
-from rqc.passes.base import LINEAR, QUANTIZED, linears
+from rqc.passes.base import CLIP, LINEAR, QUANTIZED, linears
 from rqc.passes.static_activations import RANGE, RecordRanges, StaticActivations
 from rqc.runtime.errors import CheckpointError, InputError
 
@@ -71,7 +73,7 @@ def inputs(dtype: Any) -> Any:
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_dynamic_codes_are_numpys_token_for_token(bits: int, dtype: Any) -> None:
     model, x = product(dtype), inputs(dtype)
-    step = QuantizeActivations(bits)
+    step = QuantizeActivations(TokenGrid(bits))
     assert step(model).modified
     assert not step(model).modified
     y = computed(model, x)
@@ -83,6 +85,38 @@ def test_dynamic_codes_are_numpys_token_for_token(bits: int, dtype: Any) -> None
     np.testing.assert_array_equal(y, (codes * scale).astype(dtype))
     assert not y[0, 0].any()
     assert np.abs(codes).max() == limit
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("marks", [{}, {CLIP: "0.7"}], ids=str)
+@pytest.mark.parametrize("clip", [1.0, 0.9])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_grid_per_token_is_numpys(
+    bits: int, symmetric: bool, clip: float, marks: dict[str, str], dtype: Any
+) -> None:
+    """A mark on the linear overrides the ratio of the pass."""
+    model, x = product(dtype, **marks), inputs(dtype)
+    x[1, :5] += 40  # to one side of zero
+    x[1, 5:9] = np.asarray([[0.3], [-7], [1e-7], [-1e-7]], dtype)  # constant
+    step = QuantizeActivations(TokenGrid(bits, symmetric, clip))
+    assert step(model).modified
+    assert not step(model).modified
+    grid = TokenGrid(bits, symmetric, 0.7 if marks else clip)
+    y = computed(model, x)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, grid.round(x.astype(np.float32)).astype(dtype))
+
+
+def test_linears_that_read_the_same_share_one_rounding(tiny_model: TinyModel) -> None:
+    """q, k and v; gate and up; packed or not."""
+    for target in ("onnx", "tensorrt-rtx"):
+        imported = import_model(tiny_model("llama16"))
+        recipe = Recipe.from_values({"scheme": "w4a4", "target": target, "rotate": "none", "activation_clip": 0.9})
+        recipe = settled(recipe, imported.description.architecture, None)
+        for step in passes_of(recipe, imported.description, Rotation.parse("none")):
+            step(imported.model)
+        assert sum(node.op_type == "Clip" for node in imported.model.graph) == 4 * 2
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
