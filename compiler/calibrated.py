@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 
@@ -10,26 +9,23 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.blockwise import ROWS_AT_ONCE, Round, Site, calibrate
+from rqc.compiler.blockwise import ROWS_AT_ONCE, Round, calibrate
 from rqc.compiler.calibration_text import calibration_ids
-from rqc.compiler.findings import Findings, Fit
+from rqc.compiler.findings import Findings
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
 from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import resident_bytes
+from rqc.compiler.solver import Solver
 from rqc.compiler.targets import onnx, tensorrt
 from rqc.compiler.targets.grids import token_grid
 from rqc.models.description import Description
-from rqc.models.gptq import Order, gptq
-from rqc.models.grid import Grid, fake_quantize_activations, quantize
-from rqc.models.moments import error_of
-from rqc.models.packing import Quantized
 from rqc.models.rotation import Rotation
 from rqc.passes.base import CLIP, Pass
 from rqc.passes.quantize import QuantizeLinears
-from rqc.runtime.errors import CheckpointError, InputError, ResourceError, SchemeError
+from rqc.runtime.errors import InputError, ResourceError, SchemeError
 
 FACTOR_BYTES = 20
 """For each second moment: it and its factors while it is inverted."""
@@ -84,13 +80,13 @@ def calibrated(
     for step in frame(recipe, fresh.description, rotation, merge):
         step(fresh.model)
     result = Findings(int(ids.size))
-    solve = _Solver(recipe, fresh.description, result)
+    rounded = next(one for one in grids(recipe, fresh.description) if isinstance(one, QuantizeLinears))
     calibrate(
         fresh.model,
         ids,
-        solve,
+        Solver(rounded, result),
         lambda: _deployed(recipe, fresh.description, result),
-        lambda node: _rounding(recipe, node, solve.grids.grid),
+        lambda node: _rounding(recipe, node),
         lambda done, total: progress.advance("calibration", done, total),
     )
     ratios = sorted(fit.error / fit.nearest for fit in result.fits.values() if fit.nearest)
@@ -137,59 +133,9 @@ def calibration_bytes(imported: Imported, recipe: Recipe) -> int:
     block = 3 * 4 * sum(prod(description.shape(claim)) for claim in layer)
     step = ROWS_AT_ONCE * recipe.calibration_length * 4 * (6 * a.hidden_size + 6 * a.intermediate_size)
     text = 2 * 4 * recipe.calibration_samples * recipe.calibration_length * a.hidden_size
-    kept = 3 if recipe.scheme.quantizes_activations else 1
+    kept = 3 if recipe.scheme.activation_bits < 8 else 1
     moments = 8 * kept * sum(width**2 for width in widths.values())
     return block + step + text + moments + FACTOR_BYTES * max(widths.values()) ** 2
-
-
-class _Solver:
-    """Solves a site at a time: linears on one grid as one weight, for a row's codes depend on that row alone."""
-
-    def __init__(self, recipe: Recipe, description: Description, result: Findings) -> None:
-        self.recipe = recipe
-        self.result = result
-        self.grids = next(one for one in grids(recipe, description) if isinstance(one, QuantizeLinears))
-
-    def __call__(self, site: Site) -> None:
-        by_grid: dict[Grid, list[str]] = {}
-        for name in site.weights:
-            by_grid.setdefault(self.grids.grid_of(name), []).append(name)
-        for grid, names in by_grid.items():
-            try:
-                self._solve(site, grid, names)
-            except CheckpointError as error:
-                raise CheckpointError(f"{names[0]}: {error.message}", hint=error.hint) from error
-
-    def _solve(self, site: Site, grid: Grid, names: Sequence[str]) -> None:
-        parts = [site.weights[name].read() for name in names]
-        width = parts[0].shape[1]
-        moments = site.moments.plain
-        order = Order.of(moments, width if grid.group_size == -1 else grid.block(width))
-        found = gptq(np.concatenate(parts), order, grid)
-        first = 0
-        for name, w in zip(names, parts, strict=True):
-            codes = rows_of(found, slice(first, first + len(w)))
-            first += len(w)
-            self.result.codes[name] = codes
-            self.result.fits[name] = _fit(w, codes, grid, order.moments)
-
-
-def _fit(w: NDArray[np.float64], codes: Quantized, grid: Grid, moments: NDArray[np.float32]) -> Fit:
-    plain = w.astype(np.float32)
-    energy = float(error_of(plain, moments).sum()) or 1.0
-    errors = [float(error_of(plain - one.dequantize(), moments).sum()) for one in (codes, quantize(w, grid))]
-    return Fit(*(float(np.sqrt(error / energy)) for error in errors))
-
-
-def rows_of(quantized: Quantized, rows: slice) -> Quantized:
-    """Some rows of a quantized weight."""
-    zeros = quantized.zero_points
-    return replace(
-        quantized,
-        codes=quantized.codes[rows],
-        scales=quantized.scales[rows],
-        zero_points=None if zeros is None else zeros[rows],
-    )
 
 
 def _deployed(recipe: Recipe, description: Description, result: Findings) -> list[Pass]:
@@ -204,12 +150,9 @@ def _deployed(recipe: Recipe, description: Description, result: Findings) -> lis
     ]
 
 
-def _rounding(recipe: Recipe, node: ir.Node, grid: Grid) -> Round | None:
-    """How what a linear reads is rounded, in the kernel or by the graph."""
-    bits = recipe.scheme.activation_bits
-    if bits >= 16:
+def _rounding(recipe: Recipe, node: ir.Node) -> Round | None:
+    """How the graph rounds what a linear reads. What a kernel rounds to 8 bits is next to what it was."""
+    if recipe.scheme.activation_bits >= 8:
         return None
-    if bits == 8 and recipe.target == "onnx":
-        return lambda x: fake_quantize_activations(x, grid.block(x.shape[-1]), bits)
     tokens = token_grid(recipe)
     return replace(tokens, clip=float(node.metadata_props.get(CLIP, tokens.clip))).round

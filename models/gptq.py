@@ -26,7 +26,7 @@ from rqc.models.moments import error_of
 from rqc.models.packing import Quantized
 from rqc.runtime.errors import CheckpointError
 
-__all__ = ["Order", "gptq"]
+__all__ = ["Fitted", "Order", "gptq"]
 
 COLUMNS = 32
 """Columns whose errors are gathered before they reach the rest of the matrix."""
@@ -115,17 +115,26 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def gptq(w: NDArray[Any], order: Order, grid: Grid, keep: NDArray[np.bool_] | None = None) -> Quantized:
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """Codes for a weight [N, K]; Σ ‖(w − ŵ) x‖² of every row [N], and what rounding to nearest leaves of it."""
+
+    quantized: Quantized
+    errors: NDArray[np.float64]
+    nearest: NDArray[np.float64]
+
+
+def gptq(w: NDArray[Any], order: Order, grid: Grid, keep: NDArray[np.bool_] | None = None) -> Fitted:
     """Codes, scales and zero points for w [N, K] on `grid`; with `keep` [N, K], what it leaves out becomes zero.
 
     No row's Σ ‖(w − ŵ) x‖² under the order's moments is above that of rounding to nearest. Raises CheckpointError if w
     is not finite.
     """
-    kept = w if keep is None else np.where(keep, w, 0)
-    nearest = quantize(kept, grid)
-    found = _Solver(nearest, grid, order, keep).solve(np.asarray(w, np.float32))
-    before, after = (error_of((w - q.dequantize()).astype(np.float32), order.moments) for q in (nearest, found))
-    return _better_rows(nearest, found, before <= after)
+    plain = np.asarray(w, np.float32)
+    nearest = quantize(plain if keep is None else np.where(keep, plain, 0), grid)
+    found = _Solver(nearest, grid, order, keep).solve(plain)
+    before, after = (error_of(plain - one.dequantize(), order.moments) for one in (nearest, found))
+    return Fitted(_better_rows(nearest, found, before <= after), np.minimum(before, after), before)
 
 
 def _better_rows(first: Quantized, second: Quantized, choose_first: NDArray[np.bool_]) -> Quantized:
