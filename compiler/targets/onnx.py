@@ -37,8 +37,8 @@ def packing(recipe: Recipe, description: Description, measure: Measure | None = 
 
 
 def by_blocks() -> list[Pass]:
-    """What of the lowering a graph needs to be run block by block."""
-    return [TransposeInKernel(), RemoveDeadParts()]
+    """What of the lowering a graph needs to be run block by block, or one block of it by itself."""
+    return [TransposeInKernel()]
 
 
 def lowering(recipe: Recipe) -> list[Pass]:

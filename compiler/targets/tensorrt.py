@@ -32,8 +32,8 @@ def packing(recipe: Recipe, description: Description, measure: Measure | None = 
 
 
 def by_blocks() -> list[Pass]:
-    """What of the lowering a graph needs to be run block by block."""
-    return [RemoveDeadParts()]
+    """What of the lowering a graph needs to be run block by block, or one block of it by itself."""
+    return []
 
 
 def lowering(recipe: Recipe) -> list[Pass]:
