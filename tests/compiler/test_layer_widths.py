@@ -202,7 +202,8 @@ def outputs_of(model: Any, ids: np.ndarray) -> dict[int, np.ndarray]:
             "at least",
             "--bits-budget",
         ),
-        ({"bits_budget": 3, "group_size": 256}, SchemeError, "blocks of 256", "--group-size 128"),
+        ({"bits_budget": 3, "group_size": 256}, SchemeError, "blocks of 256", "64 or 128"),
+        ({"bits_budget": 3, "group_size": 16}, SchemeError, "blocks of 16", "64 or 128"),
         ({"layers": [{"match": "*.up_proj", "bits": 2}], "group_size": 256}, SchemeError, "up_proj", "w4a16"),
         ({"bits_budget": 5, "target": "tensorrt-rtx", "portable": True}, SchemeError, "group-size 32", "-1"),
         (

@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from rqc.compiler.targets.layer_bits import FLOAT_BLOCKS
 from rqc.models.grid import Grid, Quantized, activation_codes, fake_quantize_activations, quantize
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -62,8 +63,8 @@ def test_matmul_nbits_reads_what_dequantize_says(k: int, group: int, bits: int, 
     w = (rng.standard_normal((37, k)) + 0.3).astype(np.float32)
     w[5] = 0
     q = quantize(w, Grid(bits, group, symmetric))
-    # The kernel's 2-bit int8 path exists for these blocks only; the others compute in float32 whatever is asked for.
-    rounds = q.storage_bits > 2 or q.block_size in (32, 64, 128)
+    # The kernel's 2-bit int8 path exists for some blocks only; the others compute in float32 whatever is asked for.
+    rounds = q.storage_bits > 2 or q.block_size not in FLOAT_BLOCKS
     plain, int8 = matmul_nbits(q, 0), matmul_nbits(q, 4)
     for tokens in (1, 2, 7):
         x = rng.standard_normal((tokens, k)).astype(np.float32) * 3
