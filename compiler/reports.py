@@ -22,6 +22,7 @@ def compile_text(value: Mapping[str, Any]) -> str:
         ("engine", value["engine"] or "none: a dry run"),
         ("size", size_text(value["size_bytes"])),
         ("rotation", _rotation_text(rotation)),
+        *_width_rows(value.get("widths") or {}),
         ("time", f"{value['seconds']:.1f} s"),
         ("peak memory", size_text(value["peak_rss_bytes"])),
     ]
@@ -69,6 +70,14 @@ def _rotation_text(rotation: Mapping[str, Any]) -> str:
     scores = rotation.get("scores") or {}
     told = ", ".join(f"{name} {_figure(score)}" for name, score in scores.items())
     return f"{text} (scores: {told})" if told else text
+
+
+def _width_rows(widths: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many linears have which width, where rules or a budget say so."""
+    if not widths:
+        return []
+    counts = ", ".join(f"{count} linears of {bits} bits" for bits, count in widths["linears"].items())
+    return [("widths", f"{counts}: {_figure(widths['average_bits'])} on average, without scales")]
 
 
 def _survival_rows(survival: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -11,16 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny import TinyModel, give_voice
+from tiny_adapters import W4, basis_of, checked, random_deltas, save_peft
 
 from rqc.compiler.api import compile_engine
-from rqc.compiler.calibrate import run_parts
+from rqc.compiler.calibrate import perplexity, run_parts
+from rqc.compiler.calibration_text import calibration_ids
 from rqc.compiler.importer import import_model
-from rqc.compiler.layer_widths import with_widths
+from rqc.compiler.layer_widths import TOKENS, Budget, with_widths
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.reports import compile_text
 from rqc.compiler.sensitivity import sensitivities, units_of
+from rqc.compiler.text import parity_text, read_tokenizer
 from rqc.compiler.verify import verify_engine
+from rqc.models.adapter import write_adapter
 from rqc.models.grid import Grid
+from rqc.passes.pack import PackBlocks
 from rqc.passes.quantize import QuantizeLinears
+from rqc.passes.transpose import TransposeInKernel
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError, ResourceError, RqcError, SchemeError
 from rqc.runtime.inspection import inspect_engine
@@ -128,6 +135,7 @@ def test_a_budget_is_kept_and_reported(talking_model: Path, tmp_path: Path) -> N
         stored = json.loads(file.read("report.json"))
     assert stored["widths"] == json.loads(json.dumps(found))
     assert stored["recipe"]["bits_budget"] == 3.3
+    assert "1 linears of 3 bits" in compile_text(report.to_json())
     assert 2.8 < found["average_bits"] <= 3.3
     widths = widths_in(engine)
     assert widths["model.layers.1.mlp.down_proj.weight"] == 3
@@ -242,7 +250,63 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("merge", ["fold", "branch"])
+def test_an_adapter_goes_with_rules(merge: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = tiny_model("llama16", initializer_range=0.1)
+    adapter = save_peft(directory, tmp_path / "adapter")
+    options = {"scheme": "w4a8", "rotate": "r1,r4", "layers": MIXED, "merge": merge}
+    assert checked(directory, adapter, tmp_path, **options).passed
+    assert set(widths_in(tmp_path / "e.plan").values()) == {2, 3, 4, 6, 8}
+
+
+@pytest.mark.parametrize("option", [{"bits_budget": 3}, {"layers": [{"match": "*.down_proj", "bits": 8}]}])
+def test_an_adapter_that_was_trained_on_a_grid_keeps_its_widths(
+    option: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    directory = tiny_model("llama16")
+    write_adapter(tmp_path / "adapter", random_deltas(directory), basis_of(directory, "r4", **W4))
+    with pytest.raises(SchemeError, match="trained on a base of 4 bits"):
+        compile_engine(directory, tmp_path / "e.plan", adapter=tmp_path / "adapter", **option)
+
+
 def test_a_budget_needs_a_tokenizer(tiny_model: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no tokenizer\.json") as caught:
         compile_engine(tiny_model("llama16"), tmp_path / "e.plan", scheme="w4a16", rotate="none", bits_budget=3)
     assert "[[layers]]" in caught.value.hint
+
+
+@pytest.mark.real
+def test_on_a_real_model_the_choice_beats_half_of_the_layers_and_chance(smollm2: Path) -> None:
+    """Three bits on average, rounded to nearest in groups of 64; perplexity on 1,024 tokens of the text of verify."""
+    imported = import_model(smollm2)
+    recipe = Recipe.from_values({"scheme": "w4a16", "rotate": "none", "group_size": 64, "bits_budget": 3})
+    budget = Budget.of(recipe, imported.description, {})
+    ids = calibration_ids(recipe, imported, TOKENS)
+    assert ids is not None
+    chosen = budget.chosen(sensitivities(imported.model, budget.units, grid_of, (2, 4, 8), ids))
+    half = {name: 4 if unit.layer < 15 else 2 for unit in budget.units for name in unit.weights}
+    scores = [score(smollm2, widths) for widths in (chosen, half, by_chance(budget, 0), by_chance(budget, 1))]
+    assert scores[0] < 0.5 * min(scores[1:]), scores
+
+
+def grid_of(bits: int) -> Grid:
+    return Grid(bits, 64, True, "mse")
+
+
+def by_chance(budget: Budget, seed: int) -> dict[str, int]:
+    """Units of 4 bits in a random order while the budget lasts, the others of 2."""
+    left, widths = budget.bits - sum(2 * unit.size for unit in budget.units), {}
+    for place in np.random.Generator(np.random.PCG64(seed)).permutation(len(budget.units)):
+        unit = budget.units[place]
+        bits = 4 if 2 * unit.size <= left else 2
+        left -= (bits - 2) * unit.size
+        widths |= dict.fromkeys(unit.weights, bits)
+    return widths
+
+
+def score(directory: Path, widths: Mapping[str, int]) -> float:
+    imported, tokenizer = import_model(directory), read_tokenizer(directory)
+    assert tokenizer is not None
+    for step in (QuantizeLinears(imported.description, grid_of(4), widths), PackBlocks(), TransposeInKernel()):
+        step(imported.model)
+    return perplexity(imported.model, np.asarray([tokenizer.encode(parity_text()).ids[:1024]], np.int64))
