@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rqc.compiler.calibrate import perplexity
 from rqc.compiler.calibrated import calibrated
 from rqc.compiler.calibration_text import calibration_ids
+from rqc.compiler.clips import searched_clips
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress, Silent
 from rqc.compiler.merge import Merge
@@ -121,6 +122,7 @@ def _score(
 ) -> float:
     """Perplexity of the quantized graph in this frame, four significant digits. The graph is built anew: weights are
     lazy."""
+    recipe = searched_clips(recipe, imported, rotation, merge, Silent())
     few = replace(recipe, calibration_samples=min(recipe.calibration_samples, SAMPLES))
     findings = calibrated(few, imported, rotation, merge, Silent())
     fresh = import_model(imported.checkpoint.directory)

@@ -32,6 +32,7 @@ from rqc.passes.base import (
     ADAPTER,
     BRANCH_A,
     BRANCH_B,
+    CLIP,
     LINEAR,
     OFFSET,
     ONLINE,
@@ -182,7 +183,8 @@ def layers(model: ir.Model) -> list[dict[str, Any]]:
         form = next((form for value in node.inputs if (form := _form(node, value)) is not None), None)
         name = node.metadata_props.get(LINEAR)
         if form is not None and (name is not None or node.op_type in ("Gather", "GatherBlockQuantized")):
-            rows.append({"name": name or EMBEDDING, "op": node.op_type, **form})
+            clip = {"activation_clip": float(node.metadata_props[CLIP])} if CLIP in node.metadata_props else {}
+            rows.append({"name": name or EMBEDDING, "op": node.op_type, **form, **clip})
     products = [node for node in model.graph if ONLINE in node.metadata_props and node.op_type == "MatMul"]
     online = Counter(node.metadata_props[ONLINE] for node in products)
     return rows + [{"name": f"online {site}", "op": "MatMul", "count": online[site]} for site in sorted(online)]

@@ -11,6 +11,7 @@ from rqc.models.description import Description
 from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
 from rqc.passes.base import Pass
+from rqc.passes.clips import RecordClips
 from rqc.passes.norms import FuseNormGains
 from rqc.passes.quantize import QuantizeLinears
 from rqc.passes.rotate import Rotate
@@ -50,7 +51,8 @@ def frame(recipe: Recipe, description: Description, rotation: Rotation, merge: M
     untie: list[Pass] = [Untie()] if recipe.tied == "untie" and description.architecture.tied else []
     norms: list[Pass] = [FuseNormGains(description)] if "r1" in rotation.sites else []
     rotate: list[Pass] = [Rotate(description, rotation)] if rotation.sites else []
-    return [*untie, *before, *norms, *rotate, *after]
+    clips: list[Pass] = [RecordClips(recipe.clips)] if recipe.clips else []
+    return [*untie, *before, *norms, *rotate, *after, *clips]
 
 
 def grids(recipe: Recipe, description: Description, findings: Findings | None = None) -> list[Pass]:

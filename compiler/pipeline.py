@@ -13,6 +13,7 @@ import onnx_ir as ir
 from rqc.compiler import manifest as manifests
 from rqc.compiler.adapters import open_adapter, survival_of
 from rqc.compiler.calibrated import calibrated, with_method
+from rqc.compiler.clips import searched_clips
 from rqc.compiler.findings import Findings
 from rqc.compiler.frames import Choice, choose
 from rqc.compiler.importer import Imported, import_model
@@ -104,6 +105,7 @@ def compile_model(
     choice = choose(recipe, imported, instruments.progress, merge, measure=not dry_run)
     rotation, recipe = choice.rotation, replace(recipe, method=choice.method)
     recipe, widths = measured_widths(recipe, imported, rotation, merge, instruments.progress, measure=not dry_run)
+    recipe = searched_clips(recipe, imported, rotation, merge, instruments.progress, measure=not dry_run)
     findings = None if dry_run else calibrated(recipe, imported, rotation, merge, instruments.progress)
     model, description = imported.model, imported.description
     measure = unmeasured if dry_run else ranges_on_text(recipe, imported, instruments.progress)

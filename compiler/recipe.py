@@ -29,6 +29,8 @@ TABLE_BITS = (4, 8, 16, 32)
 METHODS = ("rtn", "gptq", "auto")
 CLIPS = ("none", "mse")
 TIED = ("keep", "untie")
+DERIVED = ("given", "positive", "widths", "clips")
+"""Fields that are no options."""
 MERGES = ("auto", "fold", "zero-point", "branch")
 
 
@@ -44,7 +46,8 @@ class Recipe:
     fails where less than min_survival is left in a linear. layers: rules that give linears other widths than the
     scheme's, the last that matches counts; bits_budget: the mean of the bits of all linears of the blocks, which those
     without a rule fill. given: the options that were asked for by name, which what an adapter brings along does not
-    replace. widths: what rules and budget come to, by weight name, once the model is known.
+    replace. widths: what rules and budget come to, by weight name, once the model is known; clips: the ratios that were
+    searched, by weight name, once its frame is.
     """
 
     target: str = "onnx"
@@ -76,6 +79,7 @@ class Recipe:
     portable: bool = False
     positive: bool = field(default=False, compare=False, repr=False)
     widths: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)
+    clips: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -227,7 +231,7 @@ class Recipe:
 
 def option_names() -> list[str]:
     """The names of all options: the fields of a recipe but what is derived."""
-    return [field.name for field in fields(Recipe) if field.name not in ("given", "positive", "widths")]
+    return [field.name for field in fields(Recipe) if field.name not in DERIVED]
 
 
 def parse_size(text: str) -> int:

@@ -188,7 +188,7 @@ def execution_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, A
     elif activation == 8:
         notes.append("activations are rounded to int8 per token and block inside MatMulNBits (accuracy_level 4)")
     else:
-        notes.append(f"activations are rounded to the {activation}-bit grid per token, then multiplied as floats")
+        notes.append(f"activations are {manifest.get('activations')}, then multiplied as floats")
     for bits, storage in sorted({(layer.get("bits"), layer.get("storage_bits")) for layer in layers}, key=str):
         if bits is None or storage is None or bits == storage:
             continue
@@ -211,7 +211,8 @@ def tensorrt_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, An
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     """One aligned line for each weight."""
-    names = ("name", "bits", "storage_bits", "group_size", "op", "accuracy_level", "shape", "count")
+    clips = ("activation_clip",) if any("activation_clip" in layer for layer in layers) else ()
+    names = ("name", "bits", "storage_bits", "group_size", "op", "accuracy_level", *clips, "shape", "count")
     rows: list[tuple[str, ...]] = [names, *(tuple(_cell(layer.get(name)) for name in names) for layer in layers)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
