@@ -3,7 +3,7 @@ read is gathered as second moments, the block is rounded, and the rounded block 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,23 +39,25 @@ def calibrate(
     model: ir.Model,
     ids: NDArray[np.int64],
     solve: Solve,
-    deployed: Callable[[], Sequence[Pass]],
+    deployed: Callable[[Collection[str]], Sequence[Pass]],
     rounding: Callable[[ir.Node], Round | None] = lambda node: None,
     told: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Call `solve` for every site of every decoder block of a float graph, in order, on token ids [windows, length].
 
-    deployed: the passes that make of a block what the engine will compute, with what was solved so far; called for each
-    block. rounding: how what a linear reads is rounded, if it is. told: blocks done, of how many.
+    deployed: the passes that make of a block with these weights what the engine will compute, once they are solved.
+    rounding: how what a linear reads is rounded, if it is. told: blocks done, of how many.
     """
     readers = [_Reader(name, weight, node) for name, weight, node in _quantizable(model)]
     plain, seen = partition(model), partition(model, {reader.value for reader in readers})
     text = [inputs_of(model, ids[start : start + ROWS_AT_ONCE]) for start in range(0, len(ids), ROWS_AT_ONCE)]
     blocks = len(plain) - 2
     for index, (part, observed) in enumerate(zip(plain[:-1], seen[:-1], strict=True)):
-        for site in _sites(model, observed, [one for one in readers if one.value in observed.outputs], text, rounding):
+        here = [one for one in readers if one.value in observed.outputs]
+        for site in _sites(model, observed, here, text, rounding):
             solve(site)
-        _advance(model, part, deployed(), text, {name for later in plain[index + 1 :] for name in later.inputs})
+        passes = deployed([one.name for one in here])
+        _advance(model, part, passes, text, {name for later in plain[index + 1 :] for name in later.inputs})
         told(index, blocks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
@@ -18,7 +19,7 @@ from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import resident_bytes
-from rqc.compiler.solver import Solver
+from rqc.compiler.solver import Solver, ranks_within
 from rqc.compiler.targets import onnx, tensorrt
 from rqc.compiler.targets.grids import token_grid
 from rqc.models.description import Description
@@ -33,7 +34,8 @@ FACTOR_BYTES = 20
 
 def calibrates(recipe: Recipe) -> bool:
     """Whether a compile by that recipe looks at what linears read."""
-    return recipe.scheme.quantized and recipe.method == "gptq"
+    asked = recipe.method == "gptq" or recipe.compensate != "none" or recipe.sparsity != "none"
+    return recipe.scheme.quantized and asked
 
 
 def with_method(recipe: Recipe, merge: Merge | None) -> Recipe:
@@ -76,40 +78,63 @@ def calibrated(
         return None
     ids = _text(recipe, imported, progress) if ids is None else ids
     _check_memory(recipe, imported)
+    found = _run(recipe, imported, rotation, merge, ids, None, progress)
+    if recipe.compensate == "eora" and recipe.compensate_budget is not None:
+        ranks = ranks_within(recipe, found)
+        progress.line(f"compensation: ranks {min(ranks.values())} to {max(ranks.values())}, within the budget")
+        found = _run(recipe, imported, rotation, merge, ids, ranks, progress)
+    ratios = sorted(fit.error / fit.nearest for fit in found.fits.values() if fit.nearest)
+    if ratios:
+        told = f"error {ratios[len(ratios) // 2]:.2f} × that of rounding to nearest (median)"
+        progress.line(f"calibration: {recipe.method} on {ids.size} tokens, {told}")
+    return found
+
+
+def _run(
+    recipe: Recipe,
+    imported: Imported,
+    rotation: Rotation,
+    merge: Merge | None,
+    ids: NDArray[np.int64],
+    ranks: Mapping[str, int] | None,
+    progress: Progress,
+) -> Findings:
+    """Once through the model, built anew: weights are lazy."""
     fresh = import_model(imported.checkpoint.directory)
     for step in frame(recipe, fresh.description, rotation, merge):
         step(fresh.model)
-    result = Findings(int(ids.size))
-    rounded = next(one for one in grids(recipe, fresh.description) if isinstance(one, QuantizeLinears))
+    found = Findings(int(ids.size))
+    rounds = next(one for one in grids(recipe, fresh.description) if isinstance(one, QuantizeLinears))
     calibrate(
         fresh.model,
         ids,
-        Solver(rounded, result),
-        lambda: _deployed(recipe, fresh.description, result),
+        Solver(recipe, rounds, found, ranks),
+        lambda names: _deployed(recipe, fresh.description, found.of(names)),
         lambda node: _rounding(recipe, node),
         lambda done, total: progress.advance("calibration", done, total),
     )
-    ratios = sorted(fit.error / fit.nearest for fit in result.fits.values() if fit.nearest)
-    if ratios:
-        middle = ratios[len(ratios) // 2]
-        progress.line(
-            f"calibration: {recipe.method} on {ids.size} tokens, error {middle:.2f} × that of rounding to nearest"
-        )
-    return result
+    return found
 
 
 def _text(recipe: Recipe, imported: Imported, progress: Progress) -> NDArray[np.int64]:
     ids = calibration_ids(recipe, imported, recipe.calibration_samples * recipe.calibration_length)
     if ids is None:
         raise InputError(
-            f"--method {recipe.method} fits codes to calibration text, and the model has no tokenizer.json",
-            hint="add the tokenizer's files to the model directory, or take --method rtn",
+            f"{_asked(recipe)} looks at calibration text, and the model has no tokenizer.json",
+            hint="add the tokenizer's files to the model directory, or leave it out",
         )
     if (asked := recipe.calibration_samples) > len(ids):
         progress.line(
             f"calibration: the text holds {len(ids)} windows of {ids.shape[1]} tokens, {asked} were asked for"
         )
     return ids
+
+
+def _asked(recipe: Recipe) -> str:
+    """The option for which something is measured."""
+    if recipe.method == "gptq":
+        return "--method gptq"
+    return f"--compensate {recipe.compensate}" if recipe.compensate != "none" else f"--sparsity {recipe.sparsity}"
 
 
 def _check_memory(recipe: Recipe, imported: Imported) -> None:
@@ -120,7 +145,7 @@ def _check_memory(recipe: Recipe, imported: Imported) -> None:
     if needed > recipe.max_memory:
         raise ResourceError(
             f"calibration takes about {needed / 2**30:.2f} GiB, --max-memory is {recipe.max_memory / 2**30:.2f} GiB",
-            hint="raise --max-memory, lower --calibration-length, or take --method rtn, which measures nothing",
+            hint=f"raise --max-memory, lower --calibration-length, or leave {_asked(recipe)} out",
         )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from rqc.models.delta import Delta
 from rqc.models.packing import Quantized
 from rqc.models.quantized import Found
 
@@ -66,11 +68,20 @@ class Findings:
     tokens: int
     codes: CodeStore = field(default_factory=CodeStore)
     fits: dict[str, Fit] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    """Branches that make up for what rounding has done."""
+    spectra: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """What a branch of any rank would make up for, in parts of what the linear computes."""
 
     @property
     def found(self) -> Mapping[str, Found]:
         """What reads the codes of each weight."""
         return self.codes.found
+
+    def of(self, names: Collection[str]) -> Findings:
+        """The same for these weights alone."""
+        deltas = {name: delta for name, delta in self.deltas.items() if name in names}
+        return replace(self, deltas=deltas)
 
     def to_json(self) -> dict[str, Any]:
         """What report.json says."""

@@ -11,6 +11,7 @@ from rqc.models.description import Description
 from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
 from rqc.passes.base import Pass
+from rqc.passes.branches import AddBranches
 from rqc.passes.clips import RecordClips
 from rqc.passes.norms import FuseNormGains
 from rqc.passes.quantize import QuantizeLinears
@@ -56,7 +57,7 @@ def frame(recipe: Recipe, description: Description, rotation: Rotation, merge: M
 
 
 def grids(recipe: Recipe, description: Description, findings: Findings | None = None) -> list[Pass]:
-    """Weights onto their block grids, with the codes that calibration has found; embedding and head onto theirs."""
+    """Weights onto their block grids, with what calibration has found; embedding and head onto theirs."""
     if not recipe.scheme.quantized:
         return []
     a = description.architecture
@@ -65,4 +66,5 @@ def grids(recipe: Recipe, description: Description, findings: Findings | None = 
     )
     grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip, recipe.positive)
     found = None if findings is None else findings.found
-    return [QuantizeLinears(description, grid, recipe.widths, found), QuantizeTables(embedding, head)]
+    beside: list[Pass] = [AddBranches(findings.deltas)] if findings is not None and findings.deltas else []
+    return [QuantizeLinears(description, grid, recipe.widths, found), *beside, QuantizeTables(embedding, head)]

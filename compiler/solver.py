@@ -1,62 +1,128 @@
-"""How a site is solved: the linears that read one value get codes that suit what they read."""
+"""How a site is solved: the linears that read one value get codes that suit what they read, and what makes up for the
+rest of the error."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rqc.compiler.blockwise import Site
+from rqc.compiler.compensation_options import DEFAULT_RANK
 from rqc.compiler.findings import Findings, Fit
+from rqc.compiler.recipe import Recipe
+from rqc.models.eora import eora, eora_rounded, ranks_by_budget, rounded_difference, spectrum
 from rqc.models.gptq import Order, gptq
-from rqc.models.grid import Grid
-from rqc.models.moments import error_of
+from rqc.models.grid import Grid, quantize
+from rqc.models.loftq import loftq
+from rqc.models.moments import Moments, error_of
 from rqc.models.packing import Quantized
+from rqc.models.sparsity import two_of_four
 from rqc.passes.quantize import QuantizeLinears
 from rqc.runtime.errors import CheckpointError
 
+Array = NDArray[np.float64]
+FACTOR_BITS = 32
+"""What an entry of a branch's factor takes."""
 
+
+@dataclass(eq=False)
 class Solver:
     """Solves a site at a time: linears on one grid as one weight, for a row's codes depend on that row alone.
 
     Codes are fitted to what the engine's linears read: where the graph rounds activations, to the rounded ones (on
     SmolLM2, w4a4 in groups of 64, rotated, that lowers the perplexity from 44.1 to 40.8). The weight itself stays the
     target: the one that would suit rounded inputs best, W C Ŝ⁻¹, follows the noise of the text (68.5).
+
+    ranks: of the branch beside each weight, where they are not all the same.
     """
 
-    def __init__(self, quantize: QuantizeLinears, findings: Findings) -> None:
-        self.grids = quantize
-        self.findings = findings
+    recipe: Recipe
+    quantize: QuantizeLinears
+    findings: Findings
+    ranks: Mapping[str, int] | None = None
 
     def __call__(self, site: Site) -> None:
         by_grid: dict[Grid, list[str]] = {}
         for name in site.weights:
-            by_grid.setdefault(self.grids.grid_of(name), []).append(name)
+            by_grid.setdefault(self.quantize.grid_of(name), []).append(name)
         for grid, names in by_grid.items():
+            weights = {name: site.weights[name].read() for name in names}
             try:
-                self._solve(site, grid, names)
+                self._solve(weights, site.moments, grid)
             except CheckpointError as error:
                 raise CheckpointError(f"{names[0]}: {error.message}", hint=error.hint) from error
 
-    def _solve(self, site: Site, grid: Grid, names: Sequence[str]) -> None:
-        parts = [site.weights[name].read() for name in names]
-        width = parts[0].shape[1]
-        order = Order.of(site.moments.rounded, width if grid.group_size == -1 else grid.block(width))
-        fitted, first = gptq(np.concatenate(parts), order, grid), 0
-        for name, w in zip(names, parts, strict=True):
-            rows = slice(first, first + len(w))
-            first = rows.stop
-            energy = float(error_of(w.astype(np.float32), order.moments).sum()) or 1.0
-            self.findings.codes[name] = rows_of(fitted.quantized, rows)
-            self.findings.fits[name] = Fit(
-                *(_share(errors[rows], energy) for errors in (fitted.errors, fitted.nearest))
+    def _solve(self, weights: Mapping[str, Array], moments: Moments, grid: Grid) -> None:
+        read = moments.rounded.astype(np.float32)
+        codes = self._rounded(weights, moments, grid)
+        for name, w in weights.items():
+            if self.recipe.compensate == "loftq":
+                best = loftq(w, grid, self._rank(name, w))
+                codes[name], self.findings.deltas[name] = _codes_of(best.quantized), best.delta
+            elif self.recipe.compensate == "eora":
+                self._compensate(name, w, codes[name], moments)
+            self.findings.codes[name] = codes[name]
+            self.findings.fits[name] = self._fit(name, w, codes[name], grid, read)
+
+    def _rounded(self, weights: Mapping[str, Array], moments: Moments, grid: Grid) -> dict[str, Quantized]:
+        """Codes for the weights: what is pruned is zero, the rest rounded to nearest or by GPTQ."""
+        w = np.concatenate(list(weights.values()))
+        keep = None
+        if self.recipe.sparsity == "2:4":
+            keep = two_of_four(w, np.sqrt(np.diagonal(moments.plain)) if self.recipe.prune == "wanda" else None)
+        if self.recipe.method == "gptq":
+            width = w.shape[1]
+            order = Order.of(moments.rounded, width if grid.group_size == -1 else grid.block(width))
+            found = gptq(w, order, grid, keep)
+        else:
+            found = quantize(w if keep is None else np.where(keep, w, 0), grid)
+        rows = np.cumsum([0, *(len(part) for part in weights.values())])
+        slices = (slice(first, last) for first, last in pairwise(rows))
+        return {name: rows_of(found, part) for name, part in zip(weights, slices, strict=True)}
+
+    def _compensate(self, name: str, w: Array, codes: Quantized, moments: Moments) -> None:
+        """EoRA's branch for what rounding has done, and how much one of any rank would make up for."""
+        dense = codes.dequantize().astype(np.float64)
+        if self.recipe.compensate_budget is not None and self.ranks is None:
+            missing = rounded_difference(w, dense, moments.cross, moments.rounded)
+            energy = float(error_of(w, moments.plain).sum()) or 1.0
+            self.findings.spectra[name] = spectrum(missing, moments.rounded) / np.sqrt(energy)
+        elif rank := self._rank(name, w):
+            found = (
+                eora_rounded(w, dense, moments.cross, moments.rounded, rank)
+                if moments.rounds
+                else eora(w - dense, moments.plain, rank)
             )
+            self.findings.deltas[name] = found
+
+    def _rank(self, name: str, w: Array) -> int:
+        rank = (self.recipe.compensate_rank or DEFAULT_RANK) if self.ranks is None else self.ranks[name]
+        return min(rank, *(int(size) for size in w.shape))
+
+    def _fit(self, name: str, w: Array, codes: Quantized, grid: Grid, read: NDArray[np.float32]) -> Fit:
+        plain = w.astype(np.float32)
+        beside = self.findings.deltas.get(name)
+        left = plain - codes.dequantize() - (0 if beside is None else beside.dense().astype(np.float32))
+        energy = float(error_of(plain, read).sum()) or 1.0
+        errors = (error_of(one, read).sum() / energy for one in (left, plain - quantize(w, grid).dequantize()))
+        return Fit(*(float(np.sqrt(error)) for error in errors))
 
 
-def _share(errors: NDArray[np.float64], energy: float) -> float:
-    return float(np.sqrt(errors.sum() / energy))
+def ranks_within(recipe: Recipe, findings: Findings) -> dict[str, int]:
+    """The ranks that a budget of bits per weight buys where they take off most."""
+    shapes = {name: codes().shape for name, codes in findings.found.items()}
+    entries = int((recipe.compensate_budget or 0) * sum(prod(shape) for shape in shapes.values()) / FACTOR_BITS)
+    return ranks_by_budget(findings.spectra, shapes, entries)
+
+
+def _codes_of(rounded: object) -> Quantized:
+    assert isinstance(rounded, Quantized)  # an engine's grid, not one of levels
+    return rounded
 
 
 def rows_of(quantized: Quantized, rows: slice) -> Quantized:

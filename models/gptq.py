@@ -26,7 +26,7 @@ from rqc.models.moments import error_of
 from rqc.models.packing import Quantized
 from rqc.runtime.errors import CheckpointError
 
-__all__ = ["Fitted", "Order", "gptq"]
+__all__ = ["Order", "gptq"]
 
 COLUMNS = 32
 """Columns whose errors are gathered before they reach the rest of the matrix."""
@@ -115,16 +115,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """Codes for a weight [N, K]; Σ ‖(w − ŵ) x‖² of every row [N], and what rounding to nearest leaves of it."""
-
-    quantized: Quantized
-    errors: NDArray[np.float64]
-    nearest: NDArray[np.float64]
-
-
-def gptq(w: NDArray[Any], order: Order, grid: Grid, keep: NDArray[np.bool_] | None = None) -> Fitted:
+def gptq(w: NDArray[Any], order: Order, grid: Grid, keep: NDArray[np.bool_] | None = None) -> Quantized:
     """Codes, scales and zero points for w [N, K] on `grid`; with `keep` [N, K], what it leaves out becomes zero.
 
     No row's Σ ‖(w − ŵ) x‖² under the order's moments is above that of rounding to nearest. Raises CheckpointError if w
@@ -134,7 +125,7 @@ def gptq(w: NDArray[Any], order: Order, grid: Grid, keep: NDArray[np.bool_] | No
     nearest = quantize(plain if keep is None else np.where(keep, plain, 0), grid)
     found = _Solver(nearest, grid, order, keep).solve(plain)
     before, after = (error_of(plain - one.dequantize(), order.moments) for one in (nearest, found))
-    return Fitted(_better_rows(nearest, found, before <= after), np.minimum(before, after), before)
+    return _better_rows(nearest, found, before <= after)
 
 
 def _better_rows(first: Quantized, second: Quantized, choose_first: NDArray[np.bool_]) -> Quantized:

@@ -40,12 +40,9 @@ def order_of(moments: Array, grid: Grid) -> Order:
 @pytest.mark.parametrize("group", [16, 64, 256, -1])
 def test_no_row_is_worse_than_rounding_to_nearest(bits: int, group: int, symmetric: bool) -> None:
     grid, w, moments = Grid(bits, group, symmetric, "mse"), weight(24, 200), moments_of(200, 600)
-    fitted, nearest = gptq(w, order_of(moments, grid), grid), quantize(w, grid)
-    found = fitted.quantized
+    found, nearest = gptq(w, order_of(moments, grid), grid), quantize(w, grid)
     before, after = (error_of(w - one.dequantize(), moments) for one in (nearest, found))
     assert (after <= before * (1 + 1e-4)).all()
-    np.testing.assert_allclose(fitted.errors, after, rtol=1e-2)
-    np.testing.assert_allclose(fitted.nearest, before, rtol=1e-2)
     assert after.sum() <= 0.8**2 * before.sum()
     low, high = grid.code_range
     assert found.codes.min() >= low
@@ -57,7 +54,7 @@ def test_no_row_is_worse_than_rounding_to_nearest(bits: int, group: int, symmetr
 @pytest.mark.parametrize("group", [16, -1])
 def test_columns_that_know_nothing_of_each_other_are_rounded_to_nearest(group: int) -> None:
     grid, w = Grid(4, group, clip="mse"), weight(8, 72)
-    found, nearest = gptq(w, order_of(np.diag(np.arange(1.0, 73.0)), grid), grid).quantized, quantize(w, grid)
+    found, nearest = gptq(w, order_of(np.diag(np.arange(1.0, 73.0)), grid), grid), quantize(w, grid)
     assert np.array_equal(found.codes, nearest.codes)
     assert np.array_equal(found.scales, nearest.scales)
 
@@ -65,7 +62,7 @@ def test_columns_that_know_nothing_of_each_other_are_rounded_to_nearest(group: i
 def test_it_comes_near_the_best_of_all_codes() -> None:
     """Every choice of 2-bit codes for 5 columns on the scales of rounding to nearest: GPTQ is greedy, not exact."""
     grid, w, moments = Grid(2, -1), weight(6, 5), moments_of(5, 50, seed=3)
-    found, nearest = gptq(w, order_of(moments, grid), grid).quantized, quantize(w, grid)
+    found, nearest = gptq(w, order_of(moments, grid), grid), quantize(w, grid)
     every = np.asarray(list(product(range(4), repeat=5)))
     for row in range(len(w)):
         errors = error_of(w[row] - (every - 2.0) * nearest.scales[row, 0], moments)
@@ -90,7 +87,7 @@ def test_columns_keep_their_place_whatever_the_order_they_are_rounded_in() -> No
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_fewer_tokens_than_inputs(tokens: int) -> None:
     grid, w, moments = Grid(4, 32), weight(8, 96), moments_of(96, tokens)
-    found = gptq(w, order_of(moments, grid), grid).quantized
+    found = gptq(w, order_of(moments, grid), grid)
     assert (
         error_of(w - found.dequantize(), moments) <= error_of(w - quantize(w, grid).dequantize(), moments) + 1e-9
     ).all()
@@ -99,20 +96,20 @@ def test_fewer_tokens_than_inputs(tokens: int) -> None:
 def test_an_input_that_is_never_there_is_rounded_to_nearest() -> None:
     grid, w, moments = Grid(4, -1), weight(8, 40), moments_of(40, 200)
     moments[7] = moments[:, 7] = 0
-    found, nearest = gptq(w, order_of(moments, grid), grid).quantized, quantize(w, grid)
+    found, nearest = gptq(w, order_of(moments, grid), grid), quantize(w, grid)
     assert np.array_equal(found.codes[:, 7], nearest.codes[:, 7])
     assert not np.array_equal(found.codes, nearest.codes)
 
 
 def test_no_tokens_at_all_leave_rounding_to_nearest() -> None:
     grid, w = Grid(4, 32), weight(4, 64)
-    assert np.array_equal(gptq(w, order_of(np.zeros((64, 64)), grid), grid).quantized.codes, quantize(w, grid).codes)
+    assert np.array_equal(gptq(w, order_of(np.zeros((64, 64)), grid), grid).codes, quantize(w, grid).codes)
 
 
 def test_what_is_pruned_stays_zero_and_the_rest_makes_up_for_it() -> None:
     grid, w, moments = Grid(4, 32, False, "mse"), weight(16, 64), moments_of(64, 300)
     keep = np.tile([True, False, True, False], (16, 16))
-    found = gptq(w, order_of(moments, grid), grid, keep).quantized
+    found = gptq(w, order_of(moments, grid), grid, keep)
     assert not found.dequantize()[~keep].any()
     plain = quantize(np.where(keep, w, 0), grid).dequantize()
     assert error_of(w - found.dequantize(), moments).sum() < error_of(w - plain, moments).sum()
@@ -123,7 +120,7 @@ def test_float64_where_float32_has_no_factor(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "DAMPENING", 1e-9)
     x = np.random.default_rng(0).normal(size=(400, 1)) + 1e-4 * np.random.default_rng(1).normal(size=(400, 48))
     grid, w = Grid(4, 16), weight(8, 48)
-    found = gptq(w, order_of(x.T @ x, grid), grid).quantized
+    found = gptq(w, order_of(x.T @ x, grid), grid)
     assert np.isfinite(found.scales).all()
 
 
