@@ -93,6 +93,19 @@ def compile_(
     method: Annotated[
         str | None, typer.Option(help="rtn, rounding to nearest; gptq, fitted to text; auto.  [default: rtn]")
     ] = None,
+    compensate: Annotated[
+        str | None,
+        typer.Option(help="none; eora or loftq, a low-rank branch for rounding's error.  [default: none]"),
+    ] = None,
+    compensate_rank: Annotated[int | None, typer.Option(help="Rank of every branch.  [default: 32]")] = None,
+    compensate_budget: Annotated[
+        float | None,
+        typer.Option(metavar="BITS", help="Bits of all branches for each weight: ranks where they take off most."),
+    ] = None,
+    sparsity: Annotated[str | None, typer.Option(help="none or 2:4.  [default: none]")] = None,
+    prune: Annotated[
+        str | None, typer.Option(help="With --sparsity: magnitude, or wanda, by what is read.  [default: wanda]")
+    ] = None,
     activation_symmetric: Annotated[
         bool | None,
         typer.Option(

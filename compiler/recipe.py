@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rqc.compiler.adapter_sources import AdapterSource, parse_sources
+from rqc.compiler.compensation_options import check_compensation
 from rqc.compiler.layer_rules import LayerRule, check_budget, parse_rules
 from rqc.compiler.option_values import NUMBER, PATH, near_miss, one_of, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
@@ -31,6 +32,8 @@ CLIPS = ("none", "mse")
 TIED = ("keep", "untie")
 DERIVED = ("given", "positive", "widths", "clips")
 """Fields that are no options."""
+TEXTS = ("target", "clip", "method", "compensate", "sparsity", "prune", "hadamard", "tied", "merge", "dtype")
+"""Options that are a word."""
 MERGES = ("auto", "fold", "zero-point", "branch")
 
 
@@ -38,6 +41,8 @@ MERGES = ("auto", "fold", "zero-point", "branch")
 class Recipe:
     """Every option of a compile. Raises an RqcError that names the allowed values for anything else.
 
+    compensate_rank: of the branch beside each linear (of fewer dimensions: all it has), compensate_budget: bits of all
+    branches for each weight, spread where they take off most; sparsity, prune: which weights are zero, and by what.
     activation_symmetric, activation_clip: of a grid per token; "auto" is searched on the calibration text, tensor by
     tensor. rotate: "auto", or the rotated sites (none of them: no rotation). embedding_bits, head_bits: 16 and 32 are
     floats; None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships;
@@ -56,6 +61,11 @@ class Recipe:
     symmetric: bool = True
     clip: Literal["none", "mse"] = "mse"
     method: str = "rtn"
+    compensate: str = "none"
+    compensate_rank: int | None = None
+    compensate_budget: float | None = None
+    sparsity: str = "none"
+    prune: str = "wanda"
     layers: tuple[LayerRule, ...] = ()
     bits_budget: float | None = None
     activation_symmetric: bool = True
@@ -94,6 +104,7 @@ class Recipe:
             one_of("dtype", self.dtype, DTYPES, SchemeError)
         self._check_activations()
         check_budget(self.scheme, self.layers, self.bits_budget)
+        check_compensation(self)
         if not -math.inf < self.min_survival <= 1:
             raise InputError(f"min_survival is {self.min_survival}", hint="a share up to 1, such as 0.5")
         if not self.adapter and (self.merge, self.min_survival) != ("auto", 0.5):
@@ -269,10 +280,9 @@ def _parse(name: str, value: Any) -> Any:
         return typed(name, value, bool)
     if name == "layers":
         return parse_rules(value)
-    if name in ("min_survival", "bits_budget"):
+    if name in ("min_survival", "bits_budget", "compensate_budget"):
         return float(typed(name, value, NUMBER))
-    texts = ("target", "clip", "method", "hadamard", "tied", "merge", "dtype")
-    return typed(name, value, str if name in texts else int)
+    return typed(name, value, str if name in TEXTS else int)
 
 
 def _parse_clip(value: Any) -> float | Literal["auto"]:

@@ -85,34 +85,35 @@ def tail(values: Array, rank: int) -> float:
 
 
 def ranks_by_budget(
-    spectra: Mapping[str, Array], shapes: Mapping[str, tuple[int, int]], parameters: int
+    spectra: Mapping[str, Array], shapes: Mapping[str, tuple[int, int]], parameters: int, step: int = 1
 ) -> dict[str, int]:
-    """Ranks of branches, by name, with at most so many factors' entries in all, that make up for the most.
+    """Ranks of branches, by name, with at most so many factors' entries in all, that make up for the most: multiples of
+    `step`, or all that a linear has.
 
     spectra: G of each linear *relative to* √E‖W x‖². An objective is in the squared units of its linear's output,
     which norms and gates behind it scale at will: a down_proj that writes large numbers would otherwise take all. As
     shares of what the linear computes they add up. One more rank of a linear [N, K] takes off G_k² and costs N + K; G
-    falls, so the best next rank, bought again and again, is the optimum up to the last few that don't fit.
+    falls, so the best next step, bought again and again, is the optimum up to the last few that don't fit.
     """
     ranks = dict.fromkeys(spectra, 0)
-    offers = [_offer(name, 0, spectra[name], shapes[name]) for name in spectra if len(spectra[name])]
+
+    def offer(name: str) -> tuple[float, str]:
+        """What the next step takes off for each entry, negative, as a heap wants it."""
+        gained = spectra[name][ranks[name] : ranks[name] + step]
+        return -float(gained @ gained) / (max(1, len(gained)) * sum(shapes[name])), name
+
+    offers = [offer(name) for name in spectra]
     heapq.heapify(offers)
     left = parameters
     while offers:
-        gain, name, rank = heapq.heappop(offers)
-        cost = sum(shapes[name])
-        if gain == 0 or cost > left:
-            continue
-        left -= cost
-        ranks[name] = rank + 1
-        if rank + 1 < len(spectra[name]):
-            heapq.heappush(offers, _offer(name, rank + 1, spectra[name], shapes[name]))
+        gain, name = heapq.heappop(offers)
+        taken = min(step, len(spectra[name]) - ranks[name])
+        cost = taken * sum(shapes[name])
+        if gain < 0 and cost <= left:
+            left -= cost
+            ranks[name] += taken
+            heapq.heappush(offers, offer(name))
     return ranks
-
-
-def _offer(name: str, rank: int, values: Array, shape: tuple[int, int]) -> tuple[float, str, int]:
-    """What one rank more than `rank` takes off for each entry, negative, as a heap wants it."""
-    return -(float(values[rank]) ** 2) / sum(shape), name, rank
 
 
 def _directions(difference: Array, second_moment: Array, rank: int) -> Array:
