@@ -190,7 +190,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain values, readable by `from_values`."""
-        plain = {name: getattr(self, name) for name in option_names()}
+        without = () if self.sparsity != "none" else ("prune",)
+        plain = {name: getattr(self, name) for name in option_names() if name not in without}
         rotate = "auto" if self.rotate == "auto" else ",".join(sorted(self.rotate)) or "none"
         return {
             **{name: value for name, value in plain.items() if value is not None and value != ()},

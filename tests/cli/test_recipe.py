@@ -159,3 +159,43 @@ def test_scheme_names_say_their_bits() -> None:
         "w4a8",
         "w4a4",
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "said", "hinted"),
+    [
+        ({"compensate": "lora"}, SchemeError, "lora", "eora"),
+        ({"sparsity": "1:4"}, SchemeError, "1:4", "2:4"),
+        ({"sparsity": "2:4", "prune": "random"}, SchemeError, "random", "magnitude"),
+        ({"prune": "wanda"}, SchemeError, "--prune wanda without --sparsity", "--sparsity 2:4"),
+        ({"compensate": "eora", "compensate_rank": 0}, InputError, "compensate_rank is 0", "1 or more"),
+        ({"compensate": "eora", "compensate_budget": 0.0}, InputError, "compensate_budget is 0", "0.25"),
+        ({"compensate": "eora", "compensate_budget": float("inf")}, InputError, "inf", "0.25"),
+        ({"compensate": "eora", "compensate_rank": 8, "compensate_budget": 0.1}, InputError, "rank", "one of them"),
+        ({"compensate_rank": 8}, InputError, "compensate_rank", "--compensate eora"),
+        ({"compensate_budget": 0.5}, InputError, "compensate_budget", "--compensate eora"),
+        ({"compensate": "eora", "scheme": "fp16"}, SchemeError, "rounds no weights", "w4a16"),
+        ({"sparsity": "2:4", "scheme": "fp32"}, SchemeError, "--sparsity 2:4", "w4a16"),
+        ({"compensate": "loftq", "method": "gptq"}, SchemeError, "--method gptq", "eora"),
+        ({"compensate": "loftq", "sparsity": "2:4"}, SchemeError, "--sparsity 2:4", "eora"),
+    ],
+)
+def test_compensation_that_makes_no_sense_is_refused(
+    values: dict[str, Any], error: type[RqcError], said: str, hinted: str
+) -> None:
+    with pytest.raises(error) as caught:
+        Recipe.from_values(values)
+    assert said in caught.value.message
+    assert hinted in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"compensate": "eora", "compensate_budget": 0.25, "sparsity": "2:4", "prune": "magnitude"},
+        {"compensate": "loftq", "compensate_rank": 16},
+    ],
+)
+def test_compensation_survives_json(values: dict[str, Any]) -> None:
+    recipe = Recipe.from_values(values)
+    assert Recipe.from_values(recipe.to_json()) == recipe
