@@ -1,0 +1,1 @@
+"""What tools/schemes is made of."""

@@ -1,0 +1,48 @@
+"""The tables of tools/schemes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from scoring.rows import PER_CHANNEL, Row
+
+HEAD = (
+    "scheme",
+    "rotation",
+    "method",
+    "group",
+    "perplexity",
+    "× float",
+    "compiled in",
+    "engine",
+    "bits per weight",
+    "cache per token",
+    "objective, median and worst",
+)
+
+
+def table(found: Mapping[Row, Mapping[str, Any]], failed: Mapping[Row, str], base: float) -> str:
+    """All rows as markdown, PyTorch's floats on top; rows that failed say why."""
+    lines = [HEAD, ["---"] * len(HEAD), ["float, PyTorch", "", "", "", f"{base:.2f}", "1", *[""] * 5]]
+    lines += [[*_named(row), *_figures(one, base)] for row, one in found.items()]
+    lines += [[*_named(row), f"failed: {why}", *[""] * 6] for row, why in failed.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _named(row: Row) -> list[str]:
+    return [row.kind, row.rotation, row.method, "per channel" if row.group == PER_CHANNEL else str(row.group)]
+
+
+def _figures(one: Mapping[str, Any], base: float) -> list[str]:
+    ratios: Sequence[float] = list(one["objective"].values())
+    return [
+        f"{one['perplexity']:,.2f}",
+        f"{one['perplexity'] / base:,.3f}",
+        f"{one['compile_seconds']:.0f} s",
+        f"{one['size_bytes'] / 1e6:.1f} MB",
+        f"{one['bits_per_weight']:.2f}",
+        f"{one['cache_bytes_per_token']:,} B",
+        f"{median(ratios):.2f}, {max(ratios):.2f}" if ratios else "",
+    ]
