@@ -137,6 +137,9 @@ def compile_(
         float | None,
         typer.Option(help="Fail where rounding leaves less of the adapter in a linear.  [default: 0.5]"),
     ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Keys and values in float int8 int4; target onnx.  [default: float]")
+    ] = None,
     tied: Annotated[
         str | None, typer.Option(help="keep: one table for embedding and head; untie: two.  [default: keep]")
     ] = None,

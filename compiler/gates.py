@@ -19,9 +19,15 @@ KERNEL_ROUNDING = 2e-3
 """Error of a linear that rounds its 8-bit input: a thousandth of the codes off by one gives 6e-4, no rounding 6e-3."""
 PPL_FIDELITY = {8: 1.03, 6: 1.05, 4: 1.10}
 """By activation bits: perplexity of engine and fake quantization, larger over smaller; chaos of rounding moves it."""
+CACHE = {"equal_cache_codes": 0.999, "cache_code_distance": CODE_DISTANCE, "attention_error": 1e-5}
+"""Limits for a cache of codes: its codes, and each attention on equal codes."""
+CACHE_ERROR = {"int8": 0.1, "int4": 0.25}
+"""Limit for ‖x̂ − x‖ / ‖x‖ of a layer's keys, or values, in a window: a grid that does not fit is further off."""
+CACHE_FIDELITY = {"int8": 1.01, "int4": 1.05}
+"""As PPL_FIDELITY, by how the cache is kept."""
 QUALITY = {"fp16": 1.005, "w8a16": 1.02, "w8a8": 1.02, "w6a6": 1.05, "w4a16": 1.25, "w4a8": 1.25}
 """ppl_engine / ppl_reference to be expected of a scheme; fp32 is gated by KL, the others are for the user to judge."""
-AT_LEAST = ("top1_agreement", "equal_codes")
+AT_LEAST = ("top1_agreement", "equal_codes", "equal_cache_codes")
 """Values that must not be below their limit; all others must not be above it."""
 MEASURES = ("ppl_ratio", "mean_kl", "max_abs", "top1_agreement", "ppl_engine")
 """What the user may gate for any scheme."""
@@ -56,30 +62,38 @@ class Gate:
 
 @dataclass(frozen=True)
 class Terms:
-    """What the faithful gates of an engine depend on: scheme, float type, and where 8-bit activations are rounded, in
-    kernels out of sight or by the graph."""
+    """What the faithful gates of an engine depend on: scheme, float type, where 8-bit activations are rounded, in
+    kernels out of sight or by the graph, and how its cache is kept."""
 
     scheme: Scheme
     precision: Precision
     in_kernels: bool
+    cache: str = "float"
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Terms:
         """Those of the engine with that manifest."""
         scheme = Scheme.parse(str(manifest["scheme"]))
-        return cls(scheme, PRECISIONS[str(manifest.get("dtype") or "fp32")], manifest["target"] == "onnx")
+        precision = PRECISIONS[str(manifest.get("dtype") or "fp32")]
+        return cls(scheme, precision, manifest["target"] == "onnx", str(manifest["kv_cache"]))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the engine rounds what it computes, activations or its cache: that amplifies any last bit."""
+        return self.scheme.quantizes_activations or self.cache != "float"
 
     def limits(self) -> dict[str, float]:
         """The gates that always count and have one limit (that of `weights` depends on the layer's grid)."""
-        bits = self.scheme.activation_bits
-        if not self.scheme.quantizes_activations:
+        if not self.rounds:
             return {"mean_kl": self.precision.kl}
+        bits = self.scheme.activation_bits
+        codes = {"equal_codes": self.precision.codes[bits], "code_distance": CODE_DISTANCE} if bits < 16 else {}
         return {
-            "equal_codes": self.precision.codes[bits],
-            "code_distance": CODE_DISTANCE,
+            **codes,
             "linear_error": self.precision.linear,
             **({"kernel_rounding": KERNEL_ROUNDING} if bits == 8 and self.in_kernels else {}),
-            "ppl_fidelity": PPL_FIDELITY[bits],
+            **({**CACHE, "cache_error": CACHE_ERROR[self.cache]} if self.cache != "float" else {}),
+            "ppl_fidelity": max(PPL_FIDELITY.get(bits, 1.0), CACHE_FIDELITY.get(self.cache, 1.0)),
         }
 
 

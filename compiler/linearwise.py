@@ -11,6 +11,7 @@ the linears. Through those that read the rounded x an error would travel: they a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as Names
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from rqc.compiler.belonging import relative
+from rqc.compiler.cachewise import CacheParity, SeenAttention, as_entering, judged
 from rqc.compiler.probe import feed
 from rqc.compiler.rounding import Rounding
 from rqc.compiler.stored import StoredGraph, StoredLinear
+from rqc.compiler.stored_caches import StoredCache
 from rqc.models.description import EMBEDDING
 from rqc.models.fake_quant import InputGrid, Recording, recording
+from rqc.models.online import watching_attention
 from rqc.models.reference import Reference
 from rqc.passes.scatter_cache import CAPACITY
 from rqc.runtime.backends.session import compute_as_written
@@ -51,15 +55,25 @@ class LinearParity:
 
 
 def compare_linears(
-    stored: StoredGraph, reference: Reference, ids: NDArray[np.int64], rounding: Rounding, threads: int
-) -> list[LinearParity]:
-    """Every quantized linear of the engine against a reference with the engine's weights and rounded activations."""
+    stored: StoredGraph,
+    reference: Reference,
+    ids: NDArray[np.int64],
+    rounding: Rounding,
+    threads: int,
+    caches: Sequence[StoredCache] = (),
+) -> tuple[list[LinearParity], list[CacheParity]]:
+    """Every quantized linear of the engine, and every attention with a rounded cache, against a reference with the
+    engine's weights and rounded activations."""
     linears = [linear for label, linear in stored.linears.items() if linear.quantized and label != EMBEDDING]
     ends = {linear.label: _ends(linear, rounding) for linear in linears}
     joined = [name for linear in linears if ends[linear.label] == [linear.joined] for name in linear.names]
-    with recording(reference, [name for linear in linears for name in linear.names], wrapped=joined) as record:
+    names = [name for linear in linears for name in linear.names]
+    with recording(reference, names, wrapped=joined) as record, watching_attention(reference.model) as watched:
         logits = reference.logits(ids)
-    found = _between(stored, linears, ends, record, ids, threads)
+    seen_by = {cache.layer: SeenAttention.of(watched[cache.layer]) for cache in caches}
+    given = _given(linears, ends, record) | {cache.output: seen_by[cache.layer].output[None] for cache in caches}
+    wanted = {_name(linear.input) for linear in linears}.union({"logits"}, *(cache.entering for cache in caches))
+    found = _between(stored, given, wanted, ids, threads)
     grids = rounding.grids(stored)
     checks = []
     for linear in linears:
@@ -69,7 +83,7 @@ def compare_linears(
     scores = found.get("logits")
     if scores is not None:
         checks.append(LinearParity("logits", scores.size, 1.0, 0, relative(scores, logits), 0.0))
-    return checks
+    return checks, [_attention(stored, cache, seen_by[cache.layer], found, ids, threads) for cache in caches]
 
 
 def _ends(linear: StoredLinear, rounding: Rounding) -> list[ir.Value]:
@@ -93,27 +107,47 @@ def _comes_of(value: ir.Value, source: ir.Value) -> bool:
     return True
 
 
-def _between(
-    stored: StoredGraph,
-    linears: Sequence[StoredLinear],
-    ends: Mapping[str, list[ir.Value]],
-    record: Recording,
-    ids: NDArray[np.int64],
-    threads: int,
-) -> dict[str, F32]:
-    """What the engine's linears read, [tokens, in] by value name, when all of them write what the reference's do."""
+def _given(linears: Sequence[StoredLinear], ends: Mapping[str, list[ir.Value]], record: Recording) -> dict[str, F32]:
+    """What the engine's linears write, [1, tokens, out] by value name, if it is what the reference's do."""
     given: dict[str, F32] = {}
     for linear in linears:
         first, *others = (_name(value) for value in ends[linear.label])
         given[first] = _output(record, linear)[None].astype(_type(ends[linear.label][0]))
         given |= {name: np.zeros_like(given[first]) for name in others}
-    wanted = {_name(linear.input) for linear in linears} | {"logits"}
-    graph = stored.model.graph
-    rest = {_name(value): _fed(value, ids) for value in graph.inputs}
+    return given
+
+
+def _between(
+    stored: StoredGraph, given: Mapping[str, F32], wanted: Names[str], ids: NDArray[np.int64], threads: int
+) -> dict[str, F32]:
+    """The wanted values, [tokens, width] by name, of a graph in which others are given."""
+    rest = {_name(value): _fed(value, ids) for value in stored.model.graph.inputs}
     session = _session(stored, [*rest, *given], sorted(wanted - given.keys()), threads)
     outputs = [item.name for item in session.get_outputs()]
     results = session.run(outputs, {**given, **rest})
-    return {name: array.reshape(-1, array.shape[-1]) for name, array in zip(outputs, results, strict=True)}
+    found = {**dict(zip(outputs, results, strict=True)), **{name: given[name] for name in wanted & given.keys()}}
+    return {name: array.reshape(-1, array.shape[-1]) for name, array in found.items()}
+
+
+def _attention(
+    stored: StoredGraph,
+    cache: StoredCache,
+    seen: SeenAttention,
+    found: Mapping[str, F32],
+    ids: NDArray[np.int64],
+    threads: int,
+) -> CacheParity:
+    """One attention by itself: what it keeps of the engine's own q, k and v, and what it makes of the reference's."""
+    rest = {_name(value): _fed(value, ids) for value in stored.model.graph.inputs}
+    session = _session(stored, [*rest, *cache.entering], [cache.output, *cache.presents], threads)
+    own = {name: found[name][None] for name in cache.entering}
+    same = as_entering(stored, cache, seen)
+    _, *presents = session.run([cache.output, *cache.presents], {**rest, **own})
+    output = session.run([cache.output], {**rest, **same})[0][0]
+    width = seen.query.shape[0] * seen.query.shape[2]
+    first = cache.entering[0]
+    query = relative(own[first][..., :width], same[first][..., :width])
+    return judged(cache, seen, query, [present[0] for present in presents], output)
 
 
 def _fed(value: ir.Value, ids: NDArray[np.int64]) -> NDArray[Any]:
@@ -185,10 +219,24 @@ def _name(value: ir.Value) -> str:
     return value.name or ""
 
 
-def worst(checks: Sequence[LinearParity]) -> Iterator[str]:
-    """One line for each measure: the linear that is furthest off."""
+def worst(checks: Sequence[LinearParity], *, rounded: bool) -> Iterator[str]:
+    """One line for each measure: the linear that is furthest off. rounded: whether linears read codes."""
     coded = min(checks, key=lambda check: check.equal)
     far = max(checks, key=lambda check: check.error)
+    if not rounded:
+        yield f"linears: furthest off is {far.name}, {far.error:.1e}"
+        return
     yield f"codes: fewest equal at {coded.name}, {coded.equal:.5%}, furthest off by {max(c.distance for c in checks)}"
     yield f"linears: furthest off on equal codes is {far.name}, {far.error:.1e}"
     yield f"linears: furthest off on codes of their own: {max(check.rounded for check in checks):.1e}"
+
+
+def linear_gates(checks: Sequence[LinearParity]) -> Mapping[str, float]:
+    """What the gates of linears with rounded activations hold to their limits."""
+    elements = sum(check.elements for check in checks)
+    return {
+        "equal_codes": sum(check.equal * check.elements for check in checks) / elements,
+        "code_distance": float(max(check.distance for check in checks)),
+        "linear_error": max(check.error for check in checks),
+        "kernel_rounding": max(check.rounded for check in checks),
+    }

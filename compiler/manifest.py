@@ -75,7 +75,8 @@ def manifest_of(
         "embedding_bits": widths[EMBEDDING],
         "head_bits": widths[HEAD],
         "adapter": adapter,
-        "kv_cache": "float",
+        "kv_cache": recipe.kv_cache,
+        "kv_cache_grid": cache_grid(model, a.head_dim),
         "activations": activation_grid(recipe),
         **_activation_options(recipe),
         "context_length": a.context_length,
@@ -92,6 +93,21 @@ def manifest_of(
             "packages": {name: metadata.version(name) for name in PACKAGES},
         },
     }
+
+
+def cache_grid(model: ir.Model, size: int) -> str:
+    """The grid on which keys and values lie, in the words of `inspect`; PyTorch's reference reproduces it."""
+    if any("kv_cache_bit_width" in node.attributes for node in model.graph):
+        return "int8 per kv head and channel, static scales from the calibration text, by the attention's kernel"
+    caches = (value for value in model.graph.inputs if (value.name or "").startswith("past_key_values.0."))
+    slots = {(value.name or "").rpartition(".")[2]: sizes(value)[-1] for value in caches}
+    if "codes" not in slots:
+        return "float"
+    means = any(name.endswith(".mean") for name in model.graph.initializers)
+    return (
+        f"int{8 * slots['codes'] // size} per token and {size // slots['scales']} channels of a kv head, asymmetric"
+        f"{', keys from their mean on the calibration text' * means}, in steps of the graph"
+    )
 
 
 def activation_grid(recipe: Recipe) -> str:
@@ -141,14 +157,16 @@ def graph_facts(model: ir.Model, imported: Imported) -> dict[str, Any]:
     """How the runtime must drive the graph."""
     a = imported.description.architecture
     shared = any(node.op_type in ("GroupQueryAttention", "TensorScatter") for node in model.graph)
-    caches = (value for value in model.graph.inputs if (value.name or "").startswith("past_key_values."))
+    caches = [value for value in model.graph.inputs if (value.name or "").startswith("past_key_values.")]
     cache_type = next((value.dtype for value in caches if value.dtype is not None), ir.DataType.FLOAT)
+    slots = ((heads * size, value.dtype or cache_type) for value in caches for _, heads, _, size in [sizes(value)])
     return {
         "cache": "shared" if shared else "concat",
         "layers": a.layers,
         "kv_heads": a.kv_heads,
         "head_dim": a.head_dim,
         "cache_dtype": cache_type.numpy().name,
+        "cache_bytes": sum(count * dtype.bitwidth // 8 for count, dtype in slots),
         "vocab_size": a.vocab_size,
     }
 

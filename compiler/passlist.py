@@ -30,15 +30,18 @@ def passes_of(
     findings: Findings | None = None,
 ) -> list[Pass]:
     """THE list: exact folds with their online halves, the lossy grid, the adapter where it belongs, the kernels' form,
-    the target's fusions, activations. measure: how ranges of activations are found, where a scheme has static ones."""
+    the target's fusions, activations. measure: how ranges are found, of activations where a scheme has static ones, and
+    of a cache in codes."""
     target = onnx if recipe.target == "onnx" else tensorrt
     return [
         *frame(recipe, description, rotation, merge),
         *grids(recipe, description, findings),
         *([] if merge is None else merge.after_grid(rotation)),
+        *target.ranges(recipe, measure),
         *target.packing(recipe, description, measure),
         *([] if merge is None else merge.after_packing()),
         *target.lowering(recipe),
+        *target.cache(recipe),
         *target.activations(recipe),
     ]
 
@@ -46,7 +49,8 @@ def passes_of(
 def frame(recipe: Recipe, description: Description, rotation: Rotation, merge: Merge | None = None) -> list[Pass]:
     """The basis in which the model is quantized. Norm gains are folded only where R1 needs them out of its way.
 
-    An adapter is folded in its own basis: before the rotation, or behind it.
+    An adapter is folded in its own basis: before the rotation, or behind it. Clip ratios that were searched in it are
+    marked.
     """
     before, after = ([], []) if merge is None else (merge.before_frame(), merge.after_frame())
     untie: list[Pass] = [Untie()] if recipe.tied == "untie" and description.architecture.tied else []

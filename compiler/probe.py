@@ -18,6 +18,7 @@ from rqc.runtime.backends.graph_io import GATES
 
 Logits = NDArray[np.float32]
 INLINE_LIMIT = 1024
+CACHE_TYPES = {"tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 
 
 def save_stage(model: ir.Model, path: Path) -> None:
@@ -54,7 +55,7 @@ def feeds(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> dict[s
         known = {CAPACITY: len(token_ids)}
         shape = [size if isinstance(size, int) else known.get(size) for size in item.shape]
         value = feed(item.name, shape, token_ids[None])
-        fed[item.name] = value.astype(np.float16) if item.type == "tensor(float16)" else value
+        fed[item.name] = value.astype(CACHE_TYPES.get(item.type, value.dtype))
     return fed
 
 

@@ -27,12 +27,25 @@ TARGETS = ("onnx", "tensorrt-rtx", "tensorrt")
 DTYPES = ("fp16", "bf16", "fp32")
 GROUP_SIZES = (16, 32, 64, 128, 256, -1)
 TABLE_BITS = (4, 8, 16, 32)
+KV_CACHES = ("float", "int8", "int4")
 METHODS = ("rtn", "gptq", "auto")
 CLIPS = ("none", "mse")
 TIED = ("keep", "untie")
 DERIVED = ("given", "positive", "widths", "clips")
 """Fields that are no options."""
-TEXTS = ("target", "clip", "method", "compensate", "sparsity", "prune", "hadamard", "tied", "merge", "dtype")
+TEXTS = (
+    "target",
+    "clip",
+    "method",
+    "compensate",
+    "sparsity",
+    "prune",
+    "hadamard",
+    "kv_cache",
+    "tied",
+    "merge",
+    "dtype",
+)
 """Options that are a word."""
 MERGES = ("auto", "fold", "zero-point", "branch")
 
@@ -73,6 +86,7 @@ class Recipe:
     rotate: Literal["auto"] | frozenset[str] = "auto"
     rotation_seed: int = 0
     hadamard: str = "full"
+    kv_cache: str = "float"
     tied: str = "keep"
     embedding_bits: int | None = None
     head_bits: int | None = None
@@ -97,6 +111,7 @@ class Recipe:
         one_of("group_size", self.group_size, GROUP_SIZES, SchemeError)
         one_of("clip", self.clip, CLIPS, SchemeError)
         one_of("method", self.method, METHODS, SchemeError)
+        one_of("kv_cache", self.kv_cache, KV_CACHES, SchemeError)
         one_of("tied", self.tied, TIED, SchemeError)
         one_of("hadamard", self.hadamard, KINDS, RotationError)
         one_of("merge", self.merge, MERGES, SchemeError)

@@ -55,7 +55,7 @@ class Rounding:
         return {
             label: self._grid(stored, linear)
             for label, linear in stored.linears.items()
-            if linear.quantized and label != EMBEDDING and (self.by_kernel or label != HEAD)
+            if self.bits < 16 and linear.quantized and label != EMBEDDING and (self.by_kernel or label != HEAD)
         }
 
     def let_round(self, stored: StoredGraph, reference: Reference) -> None:

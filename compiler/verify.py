@@ -17,17 +17,20 @@ from rqc.compiler.adapted import Adapted, check_presence
 from rqc.compiler.adapter_bases import short
 from rqc.compiler.adapter_sources import RESERVED, AdapterOption, AdapterSource, parse_sources
 from rqc.compiler.belonging import Belonging, Beside, adopt_weights
+from rqc.compiler.cachewise import cache_gates, worst_cache
 from rqc.compiler.gates import FAITHFUL_KL, Gate, Terms, check_limits, judge
-from rqc.compiler.linearwise import compare_linears, worst
+from rqc.compiler.linearwise import compare_linears, linear_gates, worst
 from rqc.compiler.merge import FOLD
 from rqc.compiler.parity import Divergence, Ids, Logits, compare, cut, perplexity
 from rqc.compiler.rounding import Rounding
 from rqc.compiler.scheme import Scheme
 from rqc.compiler.side_modules import compute_as_stored, wrap_corrected
 from rqc.compiler.stored import StoredGraph
+from rqc.compiler.stored_caches import read_caches
 from rqc.compiler.stored_sides import StoredSide, read_sides
 from rqc.compiler.text import parity_text, read_text
 from rqc.models.algebra import dimensions
+from rqc.models.cache_grid import quantize_cache
 from rqc.models.checkpoint import Checkpoint
 from rqc.models.delta import Delta
 from rqc.models.reference import Reference
@@ -184,19 +187,19 @@ class _Verification:
         if self.adapted is not None:
             self.reference = self.adapted.trained()
             self.notes.extend(self.adapted.notes)
+        if self.terms.rounds:
+            return self._rounded(used, rotation, tied)
         if self.scheme.name == "fp32":
             measured = compare(self.windows, self.reference.logits, self._scores)
             return self._report(used, measured, measured[1], {"mean_kl": measured[0].mean_kl})
-        if self.scheme.quantizes_activations:
-            return self._rounded(used, rotation, tied)
         ppl_reference = perplexity(self.windows, self.reference.logits)
         self._adopt(StoredGraph.read(self.file, self.chosen), rotation, tied)
         measured = compare(self.windows, self.reference.logits, self._scores)
         return self._report(used, measured, ppl_reference, {"mean_kl": measured[0].mean_kl})
 
     def _rounded(self, used: int, rotation: Rotation, tied: bool) -> ParityReport:
-        """A scheme that quantizes activations: linear by linear and in perplexity; its logits against the float
-        model's."""
+        """An engine that rounds activations or its cache: linear by linear, attention by attention and in perplexity;
+        its logits against the float model's."""
         if self.file.manifest.get("dtype") == "bf16":  # a plan runs, but not its linears by themselves
             raise TargetError(
                 f"{self.file.path} computes in bf16, whose linears ONNX Runtime does not run one by one on a CPU",
@@ -204,18 +207,19 @@ class _Verification:
             )
         measured = compare(self.windows, self.reference.logits, self._scores)
         stored = StoredGraph.read(self.file, self.chosen)
-        rounding = Rounding.of(stored, self.scheme.activation_bits)
+        rounding, caches = Rounding.of(stored, self.scheme.activation_bits), read_caches(stored)
         self._adopt(stored, rotation, tied)
         rounding.let_round(stored, self.reference)
-        checks = compare_linears(stored, self.reference, self.windows[0][:PROBE_TOKENS], rounding, self.engine.threads)
-        self.notes.extend(worst(checks))
+        errors = (
+            quantize_cache(self.reference.model, {cache.layer: cache.grids for cache in caches}) if caches else None
+        )
+        probe = self.windows[0][:PROBE_TOKENS]
+        checks, attentions = compare_linears(stored, self.reference, probe, rounding, self.engine.threads, caches)
+        self.notes.extend([*worst(checks, rounded=self.scheme.quantizes_activations), *worst_cache(attentions)])
         same = perplexity(self.windows, self.reference.logits)
-        elements = sum(check.elements for check in checks)
         faithful = {
-            "equal_codes": sum(check.equal * check.elements for check in checks) / elements,
-            "code_distance": float(max(check.distance for check in checks)),
-            "linear_error": max(check.error for check in checks),
-            "kernel_rounding": max(check.rounded for check in checks),
+            **linear_gates(checks),
+            **(cache_gates(attentions, errors) if errors is not None else {}),
             "ppl_fidelity": max(measured[2] / same, same / measured[2]),
         }
         self.notes.append(f"perplexity of the same fake quantization in PyTorch: {same:.4f}")
@@ -254,7 +258,7 @@ class _Verification:
             deltas = self._into_frame(self.adapted, sides, rotation, tied)
         grid = {name: manifest[name] for name in ("group_size", "symmetric", "clip")}
         grid["positive"] = manifest.get("positive_scales", False)
-        as_stored = self.scheme.quantizes_activations
+        as_stored = self.terms.rounds
         bits = {row["name"]: int(row["bits"]) for row in manifest["layers"] if "bits" in row}
         beside = Beside(sides, deltas, grid, as_stored, self.terms.precision)
         self.weights = adopt_weights(stored, self.reference, bits, beside)
@@ -279,7 +283,7 @@ class _Verification:
 
     def _turn_online(self, sides: Mapping[str, StoredSide], rotation: Rotation, tied: bool) -> None:
         """The online half of the rotation, in front of what runs beside linears too."""
-        if self.scheme.quantizes_activations:
+        if self.terms.rounds:
             wrap_corrected(self.reference, sides)
         self.reference.rotate_online(rotation, tied=tied)
 

@@ -7,7 +7,9 @@ all, behind its wrapper, where the adapter no longer sees what they do: so wrap 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from rqc.models.rotation import Orthogonal
 from rqc.runtime.errors import RotationError
+
+AttentionStep = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+OWN = "rqc_"
+"""How names of attention implementations begin that are a plain one with steps before it."""
 
 
 class TorchRotation(nn.Module):
@@ -103,18 +109,58 @@ def rotate_output(module: nn.Module, rotation: TorchRotation) -> None:
 
 def rotate_attention(model: Any, rotation: TorchRotation) -> None:
     """Let every attention of a transformers model see q R3 and k R3, which it gets after RoPE."""
+    before_attention(model, lambda _, query, key, value: (rotation(query), rotation(key), value))
+
+
+def before_attention(model: Any, step: AttentionStep) -> None:
+    """Let every attention of a transformers model read what `step` makes of its layer and of q, k and v, each [batch,
+    heads, tokens, size], k behind RoPE. A second step reads what the first one gives."""
     plain = model.config._attn_implementation
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "o_proj"):
-            module.rqc_attention = (plain, rotation)  # in a tuple: no part of the model's module tree
-    AttentionInterface.register(f"rqc_{plain}", _rotated_attention)
-    AttentionMaskInterface.register(f"rqc_{plain}", ALL_MASK_ATTENTION_FUNCTIONS[plain])
-    model.config._attn_implementation = f"rqc_{plain}"
+    if not plain.startswith(OWN):
+        for module in _attentions(model):
+            module.rqc_attention = _AttentionPath(plain)
+        AttentionInterface.register(f"{OWN}{plain}", _changed_attention)
+        AttentionMaskInterface.register(f"{OWN}{plain}", ALL_MASK_ATTENTION_FUNCTIONS[plain])
+        model.config._attn_implementation = f"{OWN}{plain}"
+    for module in _attentions(model):
+        module.rqc_attention.steps.append(step)
 
 
-def _rotated_attention(module: Any, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
-    plain, rotation = module.rqc_attention
+@contextmanager
+def watching_attention(model: Any) -> Iterator[dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """q, k and v behind all steps, and y [batch, tokens, heads, size], of every layer that has steps, by its number, in
+    the last run while the context is open."""
+    seen: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+    paths = [module.rqc_attention for module in _attentions(model) if hasattr(module, "rqc_attention")]
+    for path in paths:
+        path.seen = seen
+    try:
+        yield seen
+    finally:
+        for path in paths:
+            path.seen = None
+
+
+@dataclass(eq=False)
+class _AttentionPath:
+    """What an attention's q, k and v pass: no module, so that it is no part of the model's tree."""
+
+    plain: str
+    steps: list[AttentionStep] = field(default_factory=list)
+    seen: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+
+
+def _attentions(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
+
+
+def _changed_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+    path: _AttentionPath = module.rqc_attention
+    for step in path.steps:
+        query, key, value = step(module.layer_idx, query, key, value)
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    attention = ALL_ATTENTION_FUNCTIONS.get_interface(plain, eager)
-    return attention(module, rotation(query), rotation(key), *args, **options)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(path.plain, eager)
+    out = attention(module, query, key, value, *args, **options)
+    if path.seen is not None:
+        path.seen[module.layer_idx] = (query, key, value, out[0])
+    return out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from rqc.models.description import HEAD
@@ -15,8 +17,16 @@ from rqc.passes.build import Builder
 RANGE = "rqc.range"
 """Mark on a linear: the largest magnitude that its input has on the calibration text."""
 LIMIT = 127
-Measure = Callable[[ir.Model, Sequence[str]], Mapping[str, float]]
-"""(graph, value names) → the largest magnitude of each value."""
+Statistic = Literal["largest", "mean"]
+
+
+class Measure(Protocol):
+    """Measures values of a graph on the calibration text."""
+
+    def __call__(
+        self, model: ir.Model, names: Sequence[str], kind: Statistic = "largest"
+    ) -> Mapping[str, npt.NDArray[np.float32]]:
+        """The largest magnitude, or the mean, in each channel (the last axis) of each value, by name."""
 
 
 class RecordRanges(Pass):
@@ -38,7 +48,7 @@ class RecordRanges(Pass):
         for name, node in linears(model):
             if name in inputs:
                 # three digits: the same on every machine, whatever the order of its sums
-                node.metadata_props[RANGE] = f"{found[inputs[name]]:.3g}"
+                node.metadata_props[RANGE] = f"{found[inputs[name]].max():.3g}"
         return ir.passes.PassResult(model, modified=True)
 
 

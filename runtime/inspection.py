@@ -81,6 +81,7 @@ class Inspection:
             "weights": self.weight_bytes,
             "packed_copies": packed,
             "kv_cache": cache,
+            "kv_cache_per_1000_tokens": cache_bytes(self.manifest.get("graph", {}), 1000),
             "total": total,
         }
 
@@ -107,11 +108,12 @@ class Inspection:
             ("scheme", _scheme_text(manifest)),
             ("rotation", _rotation_text(manifest.get("rotation"))),
             ("adapter", _adapter_text(manifest.get("adapter"))),
+            *_compensation_rows(manifest),
             ("model", _model_text(manifest)),
             ("size", f"{size_text(self.size_bytes)}, weights {size_text(self.weight_bytes)}"),
             ("bits per weight", "unknown" if bits is None else f"{bits:.2f}"),
             *_width_rows(self.layers),
-            ("kv cache", str(manifest.get("kv_cache"))),
+            ("kv cache", f"{_cache_text(manifest)}, {size_text(memory['kv_cache_per_1000_tokens'])} for 1,000 tokens"),
             ("context", f"{manifest.get('context_length')} tokens"),
             *_memory_rows(memory),
             ("made by", f"rqc {provenance.get('rqc')}"),
@@ -167,10 +169,16 @@ def packed_bytes(layer: Mapping[str, Any]) -> int:
 
 def cache_bytes(graph: Mapping[str, Any], context: int) -> int:
     """Bytes of keys and values of one sequence of `context` tokens; a cache that grows by copying exists twice."""
+    return token_bytes(graph) * context * (2 if graph.get("cache") == "concat" else 1)
+
+
+def token_bytes(graph: Mapping[str, Any]) -> int:
+    """Bytes of keys and values of one token, in all layers, scales included; engines of old do not state them."""
+    if "cache_bytes" in graph:
+        return int(graph["cache_bytes"])
     count = int(graph.get("layers", 0))
     heads, dims = (_per_layer(graph.get(key, 0), count) for key in ("kv_heads", "head_dim"))
-    one = sum(2 * h * d for h, d in zip(heads, dims, strict=True)) * context
-    return one * _BYTES.get(str(graph.get("cache_dtype")), 4) * (2 if graph.get("cache") == "concat" else 1)
+    return sum(2 * h * d for h, d in zip(heads, dims, strict=True)) * _BYTES.get(str(graph.get("cache_dtype")), 4)
 
 
 def execution_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -237,7 +245,8 @@ def size_text(size: int) -> str:
 
 def _width_rows(layers: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """How many linears of the blocks have which width, where they differ, and the mean over their weights."""
-    rows = {row["name"]: row for row in layers if "layers." in str(row.get("name")) and "storage_bits" in row}
+    linears_only = (row for row in layers if "layers." in str(row.get("name")) and " " not in str(row.get("name")))
+    rows = {row["name"]: row for row in linears_only if "storage_bits" in row}
     linears, weights = Counter[int](), Counter[int]()
     for name, row in rows.items():
         linears[row["bits"]] += len(name.split("+"))
@@ -288,6 +297,11 @@ def _rotation_text(rotation: Mapping[str, Any] | None) -> str:
     return f"{sites}, {rotation.get('hadamard')} Hadamard, seed {rotation.get('seed')}, basis {basis}"
 
 
+def _cache_text(manifest: Mapping[str, Any]) -> str:
+    """What keys and values are kept as; engines of old state no grid."""
+    return str(manifest.get("kv_cache_grid") or manifest.get("kv_cache"))
+
+
 def _adapter_text(adapter: Any) -> str:
     """Kind, way and survival of the adapters that an engine holds, and what they are switched by."""
     if not isinstance(adapter, Mapping):
@@ -300,6 +314,19 @@ def _adapter_text(adapter: Any) -> str:
     what = f"{count} adapters ({kind})" if count else str(kind)
     switch = f", switched at run time: {', '.join(map(str, names))}" if isinstance(names, list) else ""
     return f"{what}, {how.get(merge, merge)}{left}{switch}"
+
+
+def _compensation_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which weights are zero, and what makes up for rounding, where there is something of the kind."""
+    rows = []
+    if isinstance(sparse := manifest.get("sparsity"), Mapping):
+        rows.append(("sparsity", f"{sparse.get('pattern')} by {sparse.get('prune')}, zeros stored as codes"))
+    if isinstance(branch := manifest.get("compensation"), Mapping):
+        least, most = branch.get("least_rank"), branch.get("rank")
+        ranks = f"rank {most}" if least == most else f"ranks {least} to {most}"
+        budget = f", {branch['budget']:g} bits per weight" if "budget" in branch else ""
+        rows.append(("compensation", f"{branch.get('method')}, {ranks} beside {branch.get('linears')} linears{budget}"))
+    return rows
 
 
 def _model_text(manifest: Mapping[str, Any]) -> str:

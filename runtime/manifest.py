@@ -28,6 +28,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "graph.kv_heads": (int, list),
     "graph.head_dim": (int, list),
     "graph.cache_dtype": str,
+    "graph.cache_bytes": int,
     "graph.vocab_size": int,
     "generation": dict,
     "generation.eos_token_ids": list,
@@ -41,7 +42,14 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "adapter": (dict, type(None)),
     "adapter.names": list,
 }
-_POSITIVE = ("context_length", "graph.layers", "graph.kv_heads", "graph.head_dim", "graph.vocab_size")
+_POSITIVE = (
+    "context_length",
+    "graph.layers",
+    "graph.kv_heads",
+    "graph.head_dim",
+    "graph.vocab_size",
+    "graph.cache_bytes",
+)
 _WORDS = {"graph.cache": ("shared", "concat")}
 # what a record of "plans" holds; what begins with "?" may be absent
 _PLAN: dict[str, type | tuple[type, ...]] = {

@@ -10,8 +10,10 @@ from rqc.passes.accumulation import Int8Accumulation
 from rqc.passes.activations import QuantizeActivations
 from rqc.passes.attention import FuseGroupQueryAttention
 from rqc.passes.base import Pass
+from rqc.passes.cache_ranges import RecordCacheRanges, RecordKeyMeans
 from rqc.passes.cleanup import RemoveDeadParts
 from rqc.passes.half import StoreHalf
+from rqc.passes.int8_cache import Int8Cache
 from rqc.passes.nibbles import SplitNibbles
 from rqc.passes.opset import StampOpset
 from rqc.passes.pack import PackBlocks
@@ -20,6 +22,7 @@ from rqc.passes.pack_side_paths import PackSidePaths
 from rqc.passes.positions import SelectPositions
 from rqc.passes.skip_norm import FuseSkipNorm
 from rqc.passes.static_activations import Measure
+from rqc.passes.token_cache import TokenCache
 from rqc.passes.transpose import TransposeInKernel
 
 
@@ -45,12 +48,27 @@ def lowering(recipe: Recipe) -> list[Pass]:
     """Fusions for the runtime; each is exact."""
     return [
         TransposeInKernel(),
-        FuseGroupQueryAttention(),
+        *([] if recipe.kv_cache == "int4" else [FuseGroupQueryAttention()]),
         SelectPositions(),
         FuseSkipNorm(),
         RemoveDeadParts(),
         StampOpset(),
     ]
+
+
+def ranges(recipe: Recipe, measure: Measure | None) -> list[Pass]:
+    """What the cache's grid takes from the calibration text. In front of the packing: in the kernels' form a graph with
+    8-bit codes runs slowly."""
+    if measure is None or recipe.kv_cache == "float":
+        return []
+    return [RecordCacheRanges(measure) if recipe.kv_cache == "int8" else RecordKeyMeans(measure)]
+
+
+def cache(recipe: Recipe) -> list[Pass]:
+    """Keys and values onto their grid: by the attention's kernel where it can, in steps of the graph elsewhere."""
+    if recipe.kv_cache == "int8":
+        return [Int8Cache(), TokenCache(8)]
+    return [TokenCache(4)] if recipe.kv_cache == "int4" else []
 
 
 def activations(recipe: Recipe) -> list[Pass]:

@@ -24,6 +24,7 @@ def settled(recipe: Recipe, architecture: Architecture, merge: Merge | None) -> 
     if recipe.target == "onnx":
         _refuse_tensorrt_options(recipe)
         return recipe
+    _refuse_quantized_cache(recipe)
     profile = recipe.profile
     if profile is not None:
         profile.check(architecture.context_length)
@@ -32,7 +33,9 @@ def settled(recipe: Recipe, architecture: Architecture, merge: Merge | None) -> 
         dtype=_dtype(recipe),
         group_size=_group_size(recipe),
         positive=merge is None or all(_floats(part.adapter.basis) for part in merge.parts),
-        sm=checked_sms(recipe.target, recipe.sm, int4=min((recipe.scheme.weight_bits, *(rule.bits for rule in recipe.layers))) <= 4),
+        sm=checked_sms(
+            recipe.target, recipe.sm, int4=min((recipe.scheme.weight_bits, *(rule.bits for rule in recipe.layers))) <= 4
+        ),
     )
 
 
@@ -42,6 +45,14 @@ def _refuse_tensorrt_options(recipe: Recipe) -> None:
             raise InputError(
                 f"--{name} is for TensorRT, the target is onnx", hint="--target tensorrt-rtx, or leave it out"
             )
+
+
+def _refuse_quantized_cache(recipe: Recipe) -> None:
+    if recipe.kv_cache != "float":
+        raise SchemeError(
+            f"--kv-cache {recipe.kv_cache} on {recipe.target}: its attention and its in-place caches take floats alone",
+            hint="--kv-cache float, or --target onnx",
+        )
 
 
 def _floats(basis: object) -> bool:

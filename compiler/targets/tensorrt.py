@@ -42,6 +42,16 @@ def lowering(recipe: Recipe) -> list[Pass]:
     return [ScatterCache(), SelectPositions(), RemoveDeadParts(), *floats]
 
 
+def ranges(recipe: Recipe, measure: Measure | None) -> list[Pass]:
+    """Caches are floats."""
+    return []
+
+
+def cache(recipe: Recipe) -> list[Pass]:
+    """Caches are floats."""
+    return []
+
+
 def activations(recipe: Recipe) -> list[Pass]:
     """One scale per tensor where integer products want it, per token elsewhere."""
     if has_static_activations(recipe):

@@ -29,12 +29,12 @@ _PLAIN_INPUTS = frozenset(
         GATES,
     }
 )
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value|codes|scales|zeros)")
 
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """The key or the value cache of one layer: [rows, heads, length, dim] of `dtype`."""
+    """A part of one layer's cache, keys or values, or what they are made of: [rows, heads, length, dim] of `dtype`."""
 
     past: str
     present: str
