@@ -71,7 +71,8 @@ def _rows(kinds: str, rotations: str, methods: str, groups: tuple[int, ...]) -> 
 
 ROWS = (
     *_rows("w6a6 w4a4 w4a4-kv4", "all r1r4 none learned", "gptq rtn", (64, PER_CHANNEL)),
-    *_rows("w6a6-reference w4a4-reference", "r1r4", "gptq rtn", (64, PER_CHANNEL)),
+    *_rows("w4a4-reference", "r1r4 none", "gptq rtn", (64, PER_CHANNEL)),
+    *_rows("w6a6-reference", "r1r4", "gptq rtn", (64, PER_CHANNEL)),
     *_rows("w4a16 w4a8 w3a16 w2.5a16", "none all", "gptq rtn", (64,)),
     *_rows("w2a16-eora", "none all", "gptq rtn", (32,)),
     *_rows("w2a16", "none", "gptq rtn", (32,)),
