@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,12 +29,16 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Belonging:
-    """One stored weight: ‖Ŵ − W‖ / ‖W‖, what its storage allows of it, and how many codes are not the nearest."""
+    """One stored weight: ‖Ŵ − W‖ / ‖W‖, what its storage allows of it, and how many codes are not the nearest.
+
+    crowded: of a sparse weight, how many groups of four have more than two weights that are not zero.
+    """
 
     name: str
     distance: float
     allowed: float
     misplaced: int = 0
+    crowded: int = 0
 
     @property
     def strain(self) -> float:
@@ -48,7 +52,8 @@ class Beside:
 
     grid: the engine's, without its width. as_stored: the reference is to compute with base and side paths exactly as
     they are stored (zero points moved, rows scaled), not with the base that they were made from. precision: that of
-    scales and side paths.
+    scales and side paths. own: branches are the engine's own, which make up for rounding; searched: codes were chosen
+    together with them. sparse: the weights of which two of four are zero.
     """
 
     sides: Mapping[str, StoredSide] = field(default_factory=dict)
@@ -56,6 +61,9 @@ class Beside:
     grid: Mapping[str, Any] = field(default_factory=dict)
     as_stored: bool = False
     precision: Precision = PRECISIONS["fp32"]
+    own: bool = False
+    searched: bool = False
+    sparse: Collection[str] = ()
 
 
 def adopt_weights(
@@ -131,10 +139,24 @@ class _Adopted:
             distance = relative(raw.astype(np.float32), wanted)
             found = [Belonging(self.name, distance, FLOAT_LIMITS[str(raw.dtype)])]
         else:
-            distance = relative(self.original.dequantize(), wanted)
-            misplaced = misplaced_codes(self.original, wanted, self.beside.precision) + self.astray
-            found = [Belonging(self.name, distance, _allowed(self.original, wanted), misplaced)]
+            found = self._judge_codes(self.original, wanted)
         return found if self.side is None else [*found, *self._judge_side(self.side)]
+
+    def _judge_codes(self, original: Quantized, wanted: F32) -> list[Belonging]:
+        """The codes alone, and with the branch that makes up for their error; only with it where both were chosen
+        together."""
+        values, sparse = original.dequantize(), self.name in self.beside.sparse
+        own = self.beside.own and self.side is not None and bool(self.side.branches)
+        allowed = MOST if sparse else _allowed(original, wanted)
+        crowded = _crowded(values) if sparse else 0
+        found = []
+        if not (own and self.beside.searched):
+            misplaced = misplaced_codes(original, wanted, self.beside.precision, pruned=sparse) + self.astray
+            found.append(Belonging(self.name, relative(values, wanted), allowed, misplaced, crowded))
+        if own and self.side is not None:
+            whole = values + self.side.branch(wanted.shape)
+            found.append(Belonging(f"{self.name} with its branch", relative(whole, wanted), allowed))
+        return found
 
     def _factors(self) -> F64:
         """m / n of every row, n = ‖Ŵ + ΔW‖; ones where there is no DoRA beside the weight."""
@@ -171,7 +193,7 @@ class _Adopted:
     def _judge_side(self, side: StoredSide) -> list[Belonging]:
         """The branch against c B A, the correction against D + s (zr − z)."""
         found, limit = [], self.beside.precision.side
-        if side.branches:
+        if side.branches and not self.beside.own:
             delta = np.zeros(self.wanted.shape) if self.delta is None else self.delta.dense()
             wanted = self.factors[:, None] * delta
             found.append(Belonging(f"{self.name} branch", relative(side.branch(wanted.shape), wanted), limit))
@@ -221,10 +243,20 @@ def _allowed(quantized: Quantized, wanted: F32) -> float:
     return min(MOST, max(float(np.sqrt(total)) / norm, 1e-6)) if norm else MOST
 
 
-def misplaced_codes(quantized: Quantized, wanted: F32, precision: Precision = PRECISIONS["fp32"]) -> int:
+def _crowded(values: F32) -> int:
+    """Groups of four neighbours in a row with more than two that are not zero."""
+    n, k = values.shape
+    filled = np.pad(values != 0, ((0, 0), (0, -k % 4)))
+    return int((filled.reshape(n, -1, 4).sum(axis=2) > 2).sum())
+
+
+def misplaced_codes(
+    quantized: Quantized, wanted: F32, precision: Precision = PRECISIONS["fp32"], *, pruned: bool = False
+) -> int:
     """How many codes are not the grid's nearest to w: 0 after rounding to nearest, however its scales were chosen.
 
-    Codes were chosen by scales in float32: what storing these has moved is not held against them.
+    Codes were chosen by scales in float32: what storing these has moved is not held against them. pruned: neither are
+    zeros.
     """
     low, high = Grid(quantized.bits, -1).code_range
     count = 0
@@ -237,5 +269,7 @@ def misplaced_codes(quantized: Quantized, wanted: F32, precision: Precision = PR
         off = np.abs(np.clip(steps + zero, low, high) - q)
         if precision.unit:
             off -= np.abs(steps) * precision.of_scales(scale.astype(np.float64))
+        if pruned:
+            off = np.where(q == zero, 0, off)
         count += int((off > 0.5 + TIE).sum())
     return count

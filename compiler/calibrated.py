@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rqc.compiler.blockwise import ROWS_AT_ONCE, Round, calibrate
 from rqc.compiler.calibration_text import calibration_ids
+from rqc.compiler.compensation import budgeted_ranks
 from rqc.compiler.findings import Findings
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
@@ -19,7 +20,7 @@ from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import resident_bytes
-from rqc.compiler.solver import Solver, ranks_within
+from rqc.compiler.solver import Solver
 from rqc.compiler.targets import onnx, tensorrt
 from rqc.compiler.targets.grids import token_grid
 from rqc.models.description import Description
@@ -45,7 +46,7 @@ def with_method(recipe: Recipe, merge: Merge | None) -> Recipe:
     """
     bases = [] if merge is None else [(part.adapter.directory, part.adapter.basis) for part in merge.parts]
     trained = [directory for directory, basis in bases if basis is not None and basis.grid is not None]
-    if recipe.method == "auto" and (trained or not recipe.scheme.quantized):
+    if recipe.method == "auto" and (trained or not recipe.scheme.quantized or recipe.compensate == "loftq"):
         return replace(recipe, method="rtn")
     if recipe.method != "rtn" and not recipe.scheme.quantized:
         raise SchemeError(
@@ -79,8 +80,8 @@ def calibrated(
     ids = _text(recipe, imported, progress) if ids is None else ids
     _check_memory(recipe, imported)
     found = _run(recipe, imported, rotation, merge, ids, None, progress)
-    if recipe.compensate == "eora" and recipe.compensate_budget is not None:
-        ranks = ranks_within(recipe, found)
+    if recipe.compensate_budget is not None:
+        ranks = budgeted_ranks(recipe, found.spectra, {name: codes().shape for name, codes in found.found.items()})
         progress.line(f"compensation: ranks {min(ranks.values())} to {max(ranks.values())}, within the budget")
         found = _run(recipe, imported, rotation, merge, ids, ranks, progress)
     ratios = sorted(fit.error / fit.nearest for fit in found.fits.values() if fit.nearest)

@@ -36,6 +36,15 @@ class CodeStore:
         bits, storage, block = quantized.bits, quantized.storage_bits, quantized.block_size
         self._found[name] = lambda: _read(path, bits, storage, block)
 
+    def on_disk(self, delta: Delta) -> Delta:
+        """The update with its factors in files of the same folder, mapped."""
+        mapped = []
+        for factor in (delta.a, delta.scale * delta.b):
+            path = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.npy"
+            np.save(path, factor)
+            mapped.append(np.load(path, mmap_mode="r"))
+        return Delta(*mapped)
+
     @property
     def found(self) -> Mapping[str, Found]:
         """What reads the codes of each weight."""
@@ -50,15 +59,20 @@ def _read(path: Path, bits: int, storage_bits: int, block: int) -> Quantized:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a weight's codes fit: ‖(W − Ŵ) X‖ / ‖W X‖ over the calibration text, and the same after rounding to
-    nearest."""
+    """How well a weight's codes fit: ‖(W − Ŵ) X‖ / ‖W X‖ over the calibration text, with the branch of that rank beside
+    them, and the same after rounding to nearest."""
 
     error: float
     nearest: float
+    rank: int = 0
 
     def to_json(self) -> dict[str, float]:
         """The fit as it stands in reports."""
-        return {"error": short(self.error), "nearest": short(self.nearest)}
+        return {
+            "error": short(self.error),
+            "nearest": short(self.nearest),
+            **({"rank": self.rank} if self.rank else {}),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +86,14 @@ class Findings:
     """Branches that make up for what rounding has done."""
     spectra: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """What a branch of any rank would make up for, in parts of what the linear computes."""
+    coded: set[str] = field(default_factory=set)
+    """The branches whose factors lose nothing as codes."""
+
+    def add_branch(self, name: str, delta: Delta, *, coded: bool) -> None:
+        """Keep the branch beside a weight, its factors in files as codes are."""
+        self.deltas[name] = self.codes.on_disk(delta)
+        if coded:
+            self.coded.add(name)
 
     @property
     def found(self) -> Mapping[str, Found]:

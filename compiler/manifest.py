@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from importlib import metadata
 from math import prod
 from typing import Any
@@ -48,9 +49,15 @@ PACKAGES = ("onnx", "onnx-ir", "mobius-onnx", "numpy")
 
 
 def manifest_of(
-    imported: Imported, model: ir.Model, recipe: Recipe, rotation: Rotation, adapter: dict[str, Any] | None = None
+    imported: Imported,
+    model: ir.Model,
+    recipe: Recipe,
+    rotation: Rotation,
+    adapter: dict[str, Any] | None = None,
+    compensation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """manifest.json for a lowered graph; `adapter` is the record of the one that was merged."""
+    """manifest.json for a lowered graph; `adapter` is the record of the one that was merged, `compensation` those of
+    what is zero and of what makes up for rounding."""
     a = imported.description.architecture
     parameters = parameter_count(imported)
     weight_bytes = stored_bytes(model)
@@ -65,6 +72,7 @@ def manifest_of(
         **({"positive_scales": True} if recipe.positive else {}),
         "clip": recipe.clip,
         "method": recipe.method,
+        **(compensation or {}),
         "rotation": {
             "sites": active,
             "hadamard": rotation.hadamard,
@@ -209,11 +217,15 @@ def layers(model: ir.Model) -> list[dict[str, Any]]:
 
 
 def _beside(node: ir.Node) -> dict[str, Any] | None:
-    """The row of a product that an adapter runs beside a linear: a branch's factor or a correction of zero points."""
+    """The row of a product that runs beside a linear, of an adapter or to make up for rounding: a branch's factor or a
+    correction of zero points."""
     for mark, kind in ((BRANCH_A, "branch A"), (BRANCH_B, "branch B"), (OFFSET, "correction")):
         if mark in node.metadata_props:
+            name = f"{node.metadata_props[mark]} {kind}"
+            if (form := _form(node, node.inputs[1])) is not None and "storage_bits" in form:
+                return {"name": name, "op": node.op_type, **form}
             shape = [int(size) for size in reversed(sizes(node.inputs[1]))]
-            return {"name": f"{node.metadata_props[mark]} {kind}", "op": node.op_type, "bits": 32, "shape": shape}
+            return {"name": name, "op": node.op_type, "bits": 32, "shape": shape}
     return None
 
 

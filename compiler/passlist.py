@@ -70,5 +70,7 @@ def grids(recipe: Recipe, description: Description, findings: Findings | None = 
     )
     grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip, recipe.positive)
     found = None if findings is None else findings.found
-    beside: list[Pass] = [AddBranches(findings.deltas)] if findings is not None and findings.deltas else []
+    beside: list[Pass] = []
+    if findings is not None and findings.deltas:
+        beside = [AddBranches(findings.deltas, findings.coded)]
     return [QuantizeLinears(description, grid, recipe.widths, found), *beside, QuantizeTables(embedding, head)]

@@ -14,6 +14,7 @@ from rqc.compiler import manifest as manifests
 from rqc.compiler.adapters import open_adapter, survival_of
 from rqc.compiler.calibrated import calibrated, with_method
 from rqc.compiler.clips import searched_clips
+from rqc.compiler.compensation import check_beside, expected, said_of
 from rqc.compiler.findings import Findings
 from rqc.compiler.frames import Choice, choose
 from rqc.compiler.importer import Imported, import_model
@@ -101,13 +102,18 @@ def compile_model(
         raise InputError("--verify-each with --dtype bf16, which ONNX Runtime does not compute", hint="--dtype fp16")
     if recipe.builds and not dry_run:
         require_builder(recipe.target)  # before the minutes of folding
+    check_beside(recipe, merge)
     recipe = with_widths(with_method(recipe, merge), imported)
     choice = choose(recipe, imported, instruments.progress, merge, measure=not dry_run)
     rotation, recipe = choice.rotation, replace(recipe, method=choice.method)
     recipe, widths = measured_widths(recipe, imported, rotation, merge, instruments.progress, measure=not dry_run)
     recipe = searched_clips(recipe, imported, rotation, merge, instruments.progress, measure=not dry_run)
-    findings = None if dry_run else calibrated(recipe, imported, rotation, merge, instruments.progress)
     model, description = imported.model, imported.description
+    findings = (
+        expected(recipe, description)
+        if dry_run
+        else calibrated(recipe, imported, rotation, merge, instruments.progress)
+    )
     measure = unmeasured if dry_run else ranges_on_text(recipe, imported, instruments.progress)
     instruments.run(model, passes_of(recipe, description, rotation, merge, measure, findings))
     parameters, companions = manifests.parameter_count(imported), manifests.companion_bytes(imported)
@@ -170,7 +176,8 @@ def _write(output: Path, made: _Made, progress: Progress) -> EngineSummary:
 
 def _write_onnx(output: Path, made: _Made, progress: Progress) -> EngineSummary:
     adapter = None if made.merge is None else made.merge.record(made.survival or {})
-    manifest = manifests.manifest_of(made.imported, made.model, made.recipe, made.choice.rotation, adapter)
+    beside = said_of(made.recipe, made.findings)
+    manifest = manifests.manifest_of(made.imported, made.model, made.recipe, made.choice.rotation, adapter, beside)
     recipe = {name: value for name, value in made.recipe.to_json().items() if name != "adapter"}  # a path of this host
     calibration = None if made.findings is None else made.findings.to_json()
     report = {"rotation": made.choice.said, "recipe": recipe, "adapter": adapter, "survival": made.survival}

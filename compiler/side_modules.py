@@ -6,38 +6,42 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rqc.compiler.stored import StoredGraph
-from rqc.compiler.stored_sides import StoredSide
+from rqc.compiler.stored_sides import StoredBranch, StoredSide
+from rqc.models.fake_quant import ActivationGrid
 from rqc.models.reference import Part, Reference
 
 
 def compute_as_stored(stored: StoredGraph, reference: Reference, sides: Mapping[str, StoredSide]) -> None:
-    """Let peft's wrappers (and those of `wrap_corrected`) compute y = linear(x) + x Eᵀ with the engine's side paths
-    E [out, in], not their adapters.
+    """Let peft's wrappers (and those of `wrap_sides`) compute y = linear(x) + x Eᵀ with the engine's side paths
+    E [out, in], not their adapters; branches whose kernels round what they read are rounded too.
 
     Their hooks stay, and so does what they wrap.
     """
-    found: dict[str, list[tuple[Part, Tensor]]] = defaultdict(list)
+    found: dict[str, list[tuple[Part, Tensor, StoredSide]]] = defaultdict(list)
     for linear in stored.linears.values():
         for name in linear.names:
             part = reference.parts[name]
             if name in sides and part.module is not part.linear:
                 rows, width = part.weight.shape
-                matrix = sides[name].dense((rows, width), stored.block(linear) if linear.quantized else width)
-                found[part.path].append((part, torch.from_numpy(matrix).float()))
+                side = sides[name]
+                matrix = side.exact().dense((rows, width), stored.block(linear) if linear.quantized else width)
+                found[part.path].append((part, torch.from_numpy(matrix).float(), side))
     for parts in found.values():
         wrapper: Any = parts[0][0].module
         wrapper.forward = _Beside(parts[0][0].linear, parts)
 
 
-def wrap_corrected(reference: Reference, sides: Mapping[str, StoredSide]) -> None:
-    """Give linears with corrections, but without an adapter, a wrapper as peft's, for what runs beside them."""
+def wrap_sides(reference: Reference, sides: Mapping[str, StoredSide], *, branches: bool) -> None:
+    """Give linears without an adapter a wrapper as peft's, for what runs beside them: corrections, and branches that
+    are the engine's own."""
     for name, side in sides.items():
         part = reference.parts[name]
-        if side.corrections and part.module is part.linear:
+        if (side.corrections or (branches and side.branches)) and part.module is part.linear:
             reference.model.set_submodule(part.path, _Wrapper(part.linear))
 
 
@@ -53,14 +57,32 @@ class _Wrapper(nn.Module):
 
 
 class _Beside:
-    """y = linear(x) + x Eᵀ."""
+    """y = linear(x) + x Eᵀ + Σ round(round(x) aᵀ) bᵀ."""
 
-    def __init__(self, linear: Any, parts: list[tuple[Part, Tensor]]) -> None:
+    def __init__(self, linear: Any, parts: list[tuple[Part, Tensor, StoredSide]]) -> None:
         self.linear = linear
         self.matrix = torch.zeros_like(linear.weight)
-        for part, matrix in parts:
+        for part, matrix, _ in parts:
             self.matrix[part.rows] = matrix
+        self.rounded = [(part.rows, _Rounded(branch)) for part, _, side in parts for branch in side.rounded]
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)
-        return y + nn.functional.linear(x, self.matrix)
+        y = y + nn.functional.linear(x, self.matrix)
+        for rows, branch in self.rounded:
+            y[..., rows] += branch(x)
+        return y
+
+
+class _Rounded:
+    """A branch of codes at int8 accumulation: each of its two kernels rounds what it reads, per token and block."""
+
+    def __init__(self, branch: StoredBranch) -> None:
+        assert branch.blocks is not None
+        self.a, self.b = (torch.from_numpy(np.ascontiguousarray(factor)).float() for factor in (branch.a, branch.b))
+        self.grids = [ActivationGrid(8, block) for block in branch.blocks]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for factor, grid in zip((self.a, self.b), self.grids, strict=True):
+            x = nn.functional.linear(grid.round(x.detach()), factor)
+        return x

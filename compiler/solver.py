@@ -14,7 +14,8 @@ from rqc.compiler.blockwise import Site
 from rqc.compiler.compensation import rank_of
 from rqc.compiler.findings import Findings, Fit
 from rqc.compiler.recipe import Recipe
-from rqc.models.eora import eora, ranks_by_budget, spectrum
+from rqc.models.eora import eora, spectrum
+from rqc.models.factors import costs_nothing
 from rqc.models.gptq import Order, gptq
 from rqc.models.grid import Grid, quantize
 from rqc.models.loftq import loftq
@@ -25,6 +26,7 @@ from rqc.passes.quantize import QuantizeLinears
 from rqc.runtime.errors import CheckpointError
 
 Array = NDArray[np.float64]
+
 
 @dataclass(eq=False)
 class Solver:
@@ -106,7 +108,7 @@ class Solver:
         dense = codes.dequantize().astype(np.float64)
         if self.recipe.compensate == "loftq":
             return w - dense, np.eye(w.shape[1])
-        return rounded_difference(w, dense, moments.cross, moments.rounded), moments.rounded
+        return w - dense, moments.rounded
 
     def _fit(self, name: str, w: Array, codes: Quantized, grid: Grid, read: NDArray[np.float32]) -> Fit:
         plain = w.astype(np.float32)
@@ -114,7 +116,8 @@ class Solver:
         left = plain - codes.dequantize() - (0 if beside is None else beside.dense().astype(np.float32))
         energy = float(error_of(plain, read).sum()) or 1.0
         errors = (error_of(one, read).sum() / energy for one in (left, plain - quantize(w, grid).dequantize()))
-        return Fit(*(float(np.sqrt(error)) for error in errors), 0 if beside is None else beside.rank)
+        error, nearest = (float(np.sqrt(error)) for error in errors)
+        return Fit(error, nearest, 0 if beside is None else beside.rank)
 
 
 def rows_of(quantized: Quantized, rows: slice) -> Quantized:

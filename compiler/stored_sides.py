@@ -1,4 +1,5 @@
-"""What an engine computes beside its linears, read back from the file: the branches and corrections of an adapter."""
+"""What an engine computes beside its linears, read back from the file: branches and corrections, of an adapter or its
+own."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rqc.compiler.stored import HINT, StoredGraph
+from rqc.compiler.stored_codes import StoredPlane
+from rqc.passes.accumulation import ACCURACY_INT8
 from rqc.passes.base import BRANCH_A, BRANCH_B, GATE, OFFSET
 from rqc.runtime.errors import EngineFormatError
 
@@ -18,21 +21,41 @@ Stored = NDArray[np.generic]
 
 
 @dataclass(frozen=True, eq=False)
+class StoredBranch:
+    """t = x aᵀ, then t bᵀ: a [r, in], b [out, r]. blocks: inputs that share a scale where the kernels round x and t to
+    int8; None where they multiply floats."""
+
+    a: Stored
+    b: Stored
+    blocks: tuple[int, int] | None = None
+
+    def dense(self) -> F64:
+        """b a [out, in]."""
+        return np.asarray(self.b.astype(np.float64) @ self.a.astype(np.float64))
+
+
+@dataclass(frozen=True, eq=False)
 class StoredSide:
     """All that an engine adds to one linear's output: y += Σ (x aᵀ) bᵀ + Σ P_g(x) cᵀ.
 
-    branches: pairs a [r, in], b [out, r]; corrections: c [out, G], for block sums of x.
+    corrections: c [out, G], for block sums of x.
     """
 
-    branches: tuple[tuple[Stored, Stored], ...] = ()
+    branches: tuple[StoredBranch, ...] = ()
     corrections: tuple[Stored, ...] = ()
 
     def branch(self, shape: tuple[int, int]) -> F64:
         """The branches as one matrix [out, in]."""
-        total = np.zeros(shape)
-        for a, b in self.branches:
-            total += b.astype(np.float64) @ a.astype(np.float64)
-        return total
+        return sum((branch.dense() for branch in self.branches), np.zeros(shape))
+
+    @property
+    def rounded(self) -> tuple[StoredBranch, ...]:
+        """The branches whose kernels round what they read."""
+        return tuple(branch for branch in self.branches if branch.blocks is not None)
+
+    def exact(self) -> StoredSide:
+        """The same without those."""
+        return StoredSide(tuple(branch for branch in self.branches if branch.blocks is None), self.corrections)
 
     def correction(self, shape: tuple[int, int]) -> F64:
         """The corrections as one matrix [out, G]."""
@@ -54,7 +77,7 @@ def read_sides(stored: StoredGraph, rows: Mapping[str, int]) -> dict[str, Stored
         names = node.metadata_props.get(BRANCH_B) or node.metadata_props.get(OFFSET)
         if not names:
             continue
-        factor = stored.array(node.inputs[1]).T
+        factor = _factor(stored, node)
         down = _down(stored, node) if BRANCH_B in node.metadata_props else None
         start = 0
         for name in names.split("+"):
@@ -64,7 +87,8 @@ def read_sides(stored: StoredGraph, rows: Mapping[str, int]) -> dict[str, Stored
             if down is None:
                 sides[name] = StoredSide(known.branches, (*known.corrections, part))
             else:
-                sides[name] = StoredSide((*known.branches, (down, part)), known.corrections)
+                branch = StoredBranch(down[0], part, _blocks(down[1], node))
+                sides[name] = StoredSide((*known.branches, branch), known.corrections)
         if start != len(factor):
             raise EngineFormatError(
                 f"{stored.file.path}: {node.name} has {len(factor)} outputs, its linears have {start}", hint=HINT
@@ -72,9 +96,27 @@ def read_sides(stored: StoredGraph, rows: Mapping[str, int]) -> dict[str, Stored
     return sides
 
 
-def _down(stored: StoredGraph, node: ir.Node) -> Stored:
+def _factor(stored: StoredGraph, node: ir.Node) -> Stored:
+    """The matrix [out, in] that a product multiplies with, stored as floats or as codes."""
+    if node.op_type != "MatMulNBits":
+        return stored.array(node.inputs[1]).T
+    bits, block = (node.attributes[name].as_int() for name in ("bits", "block_size"))
+    return StoredPlane(node, bits, block, stored.array).quantized().dequantize()
+
+
+def _blocks(*nodes: ir.Node) -> tuple[int, int] | None:
+    """The blocks in which both kernels of a branch round what they read to int8; None where they don't."""
+    if any("accuracy_level" not in node.attributes for node in nodes):
+        return None
+    if any(node.attributes["accuracy_level"].as_int() != ACCURACY_INT8 for node in nodes):
+        return None
+    first, second = (node.attributes["block_size"].as_int() for node in nodes)
+    return first, second
+
+
+def _down(stored: StoredGraph, node: ir.Node) -> tuple[Stored, ir.Node]:
     """The a [r, in] whose product a branch's second half reads: all ranks, or those that a Split gives it; each times
-    its gate where adapters are switched."""
+    its gate where adapters are switched. And the product, if it is of two planes one of them."""
     value = node.inputs[0]
     producer = value.producer() if value is not None else None
     ranks = slice(None)
@@ -90,9 +132,14 @@ def _down(stored: StoredGraph, node: ir.Node) -> Stored:
         gates = _gates(stored, producer.inputs[1])
         value = producer.inputs[0]
         producer = value.producer() if value is not None else None
-    if producer is None or BRANCH_A not in producer.metadata_props:
+    planes = [producer]
+    if producer is not None and producer.op_type == "Add":
+        planes = [None if value is None else value.producer() for value in producer.inputs]
+    products = [plane for plane in planes if plane is not None and BRANCH_A in plane.metadata_props]
+    if len(products) != len(planes):
         raise EngineFormatError(f"{stored.file.path}: {node.name} is half of a branch", hint=HINT)
-    return (np.asarray(stored.array(producer.inputs[1]).T, np.float32) * gates)[ranks]
+    whole = sum((np.asarray(_factor(stored, plane), np.float32) for plane in products), np.float32(0))
+    return (whole * gates)[ranks], products[0]
 
 
 def _gates(stored: StoredGraph, value: ir.Value | None) -> NDArray[np.float32]:

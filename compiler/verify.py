@@ -24,7 +24,7 @@ from rqc.compiler.merge import FOLD
 from rqc.compiler.parity import Divergence, Ids, Logits, compare, cut, perplexity
 from rqc.compiler.rounding import Rounding
 from rqc.compiler.scheme import Scheme
-from rqc.compiler.side_modules import compute_as_stored, wrap_corrected
+from rqc.compiler.side_modules import compute_as_stored, wrap_sides
 from rqc.compiler.stored import StoredGraph
 from rqc.compiler.stored_caches import read_caches
 from rqc.compiler.stored_sides import StoredSide, read_sides
@@ -177,6 +177,16 @@ class _Verification:
     def scheme(self) -> Scheme:
         return self.terms.scheme
 
+    @property
+    def _compensated(self) -> bool:
+        """Whether the engine has branches of its own, which make up for rounding."""
+        return self.file.manifest.get("compensation") is not None
+
+    @property
+    def _as_stored(self) -> bool:
+        """Whether the reference is to compute what stands beside linears as the engine does."""
+        return self.terms.rounds or self._compensated
+
     def run(self, asked: int) -> ParityReport:
         rotation, tied = self._frame()
         if self.file.manifest["target"] != "onnx":
@@ -247,7 +257,7 @@ class _Verification:
         """Bring the reference into the engine's frame and let it compute with the engine's weights, which are judged.
 
         With rounded activations it computes what stands beside them as stored too: errors must not be spread over two
-        linears. Without, that is left to peft.
+        linears. So it does with what makes up for rounding. Else that is left to peft.
         """
         sides = read_sides(stored, {name: len(part.weight) for name, part in self.reference.parts.items()})
         manifest, deltas = self.file.manifest, {}
@@ -258,9 +268,13 @@ class _Verification:
             deltas = self._into_frame(self.adapted, sides, rotation, tied)
         grid = {name: manifest[name] for name in ("group_size", "symmetric", "clip")}
         grid["positive"] = manifest.get("positive_scales", False)
-        as_stored = self.terms.rounds
+        as_stored = self._as_stored
         bits = {row["name"]: int(row["bits"]) for row in manifest["layers"] if "bits" in row}
-        beside = Beside(sides, deltas, grid, as_stored, self.terms.precision)
+        together = self._compensated and manifest["compensation"]["method"] == "loftq"
+        claims = self.reference.description.claims if manifest.get("sparsity") is not None else ()
+        sparse = {claim.weight for claim in claims if claim.quantized}
+        precision = self.terms.precision
+        beside = Beside(sides, deltas, grid, as_stored, precision, self._compensated, together, sparse)
         self.weights = adopt_weights(stored, self.reference, bits, beside)
         if as_stored:
             compute_as_stored(stored, self.reference, sides)
@@ -283,8 +297,8 @@ class _Verification:
 
     def _turn_online(self, sides: Mapping[str, StoredSide], rotation: Rotation, tied: bool) -> None:
         """The online half of the rotation, in front of what runs beside linears too."""
-        if self.terms.rounds:
-            wrap_corrected(self.reference, sides)
+        if self._as_stored:
+            wrap_sides(self.reference, sides, branches=self._compensated)
         self.reference.rotate_online(rotation, tied=tied)
 
     def _report(
@@ -326,6 +340,8 @@ class _Verification:
         gates = [Gate("weights", worst.distance, worst.allowed)]
         if self.scheme.quantized and self.file.manifest["method"] == "rtn":
             gates.append(Gate("misplaced_codes", float(sum(found.misplaced for found in self.weights)), 0.0))
+        if self.file.manifest.get("sparsity") is not None:
+            gates.append(Gate("sparsity", float(sum(found.crowded for found in self.weights)), 0.0))
         return gates
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,12 @@ from rqc.runtime.errors import InputError, SchemeError
 @dataclass(frozen=True, eq=False)
 class Branch:
     """A linear's low-rank path: its delta, and the quantized weight whose rows (from `first_row` on) it runs beside,
-    if that has DoRA factors."""
+    if that has DoRA factors. coded: its factors may be stored as codes."""
 
     delta: Delta
     base: LazyQuantized | None = None
     first_row: int = 0
+    coded: bool = False
 
     @property
     def rows(self) -> int:
@@ -64,14 +66,21 @@ class AddBranches(AdapterPass):
 
     DoRA on a quantized base: with n = ‖Ŵ + c B A‖_row, s ← s m/n and B ← diag(m/n) B, which is exact. The function
     changes by the adapter, on purpose. Sources: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
+
+    What makes up for the error of a quantized weight is such a branch too, of no adapter but the engine's own. coded:
+    the weights whose factors may be stored as codes.
     """
+
+    def __init__(self, deltas: Mapping[str, Delta], coded: Collection[str] = ()) -> None:
+        super().__init__(deltas)
+        self.coded = coded
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         present = {node.metadata_props[BRANCH_A]: node for node in model.graph if BRANCH_A in node.metadata_props}
         modified = False
         for name, node, delta in addressed(model, self.deltas):
             if name not in present:
-                _add(model, node, name, Branch(delta, _scaled(model, node, name, delta)))
+                _add(model, node, name, Branch(delta, _scaled(model, node, name, delta), coded=name in self.coded))
                 modified = True
             elif branches_of(present[name])[0].delta is not delta:
                 raise SchemeError(f"{name} has a branch of another adapter", hint="add the factors of both in one pass")

@@ -158,7 +158,8 @@ def _hoist_branches(model: ir.Model, packed: _Packed, ups: dict[str, ir.Node]) -
     down = _stacked(model, packed.x, list(branches.items()), f"{packed.scope}.branch_a", f"{scope}/a")
     full = sum(branch.delta.rank for branch in branches.values()) * packed.width
     zeros = 4 * (full - sum(branch.delta.rank * branch.rows for branch in branches.values()))
-    if zeros <= MOST_ZEROS or len(branches) == 1:
+    coded = any(branch.coded for branch in branches.values())  # blocks of codes would reach into two parts
+    if len(branches) == 1 or (zeros <= MOST_ZEROS and not coded):
         names = packed.linear.metadata_props[LINEAR]
         columns = slice(0, packed.width)
         up = _up(model, down.outputs[0], branches, packed, columns, f"{packed.scope}.branch_b", f"{scope}/b", names)
@@ -255,7 +256,7 @@ def _stack_products(model: ir.Model) -> bool:
     found: dict[tuple[ir.Value, bool], list[ir.Node]] = {}
     for node in model.graph:
         names = node.metadata_props.get(BRANCH_A)
-        if names is not None:
+        if names is not None and node.op_type == "MatMul":
             found.setdefault((_input(node, 0), names.split("+")[0] in blocks), []).append(node)
     groups = [nodes for nodes in found.values() if len(nodes) > 1]
     for nodes in groups:

@@ -45,7 +45,17 @@ class Inspection:
         manifest = self.manifest
         rotation = manifest.get("rotation")
         keys = ("format_version", "target", "scheme", "group_size", "method", "adapter", "kv_cache", "parameters")
-        more = ("symmetric", "clip", "tied", "context_length", "architecture", "generation", "graph")
+        more = (
+            "symmetric",
+            "clip",
+            "tied",
+            "context_length",
+            "architecture",
+            "generation",
+            "graph",
+            "compensation",
+            "sparsity",
+        )
         return {
             **{key: manifest.get(key) for key in keys},
             "rotation": None if rotation is None else dict(rotation),

@@ -40,6 +40,8 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "provenance": dict,
     "layers": list,
     "adapter": (dict, type(None)),
+    "compensation": dict,
+    "sparsity": dict,
     "adapter.names": list,
 }
 _POSITIVE = (

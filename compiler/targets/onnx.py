@@ -10,6 +10,7 @@ from rqc.passes.accumulation import Int8Accumulation
 from rqc.passes.activations import QuantizeActivations
 from rqc.passes.attention import FuseGroupQueryAttention
 from rqc.passes.base import Pass
+from rqc.passes.branch_codes import CodeBranches
 from rqc.passes.cache_ranges import RecordCacheRanges, RecordKeyMeans
 from rqc.passes.cleanup import RemoveDeadParts
 from rqc.passes.half import StoreHalf
@@ -28,11 +29,13 @@ from rqc.passes.transpose import TransposeInKernel
 
 def packing(recipe: Recipe, description: Description, measure: Measure | None = None) -> list[Pass]:
     """From DequantizeLinear to the kernels' own form, floats to the width asked for. Float accumulation reads 8-bit
-    codes as nibble planes. An adapter's side paths are packed with the linears that they run beside."""
+    codes as nibble planes. Side paths are packed with the linears that they run beside; what makes up for rounding is
+    stored as codes."""
     widths = table_widths(recipe, description.architecture)
     half = recipe.scheme.float_type == "float16"
     floats: list[Pass] = [StoreHalf(widths, rest=half)] if half or 16 in widths.values() else []
-    sides: list[Pass] = [PackSidePaths()] if recipe.adapter else []
+    beside = bool(recipe.adapter) or recipe.compensate != "none"
+    sides: list[Pass] = [PackSidePaths(), CodeBranches()] if beside else []
     if not recipe.scheme.quantized:
         return [*sides, *floats]
     planes = [] if recipe.scheme.activation_bits == 8 else [SplitNibbles()]

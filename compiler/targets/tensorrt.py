@@ -27,7 +27,7 @@ def packing(recipe: Recipe, description: Description, measure: Measure | None = 
     """Codes as the builder reads them, and an adapter's side paths stacked; static ranges of activations first."""
     ranges: list[Pass] = [RecordRanges(measure)] if has_static_activations(recipe) and measure is not None else []
     codes: list[Pass] = [SymmetricCodes(), StoreColumns()] if recipe.scheme.quantized else []
-    sides: list[Pass] = [PackSidePaths()] if recipe.adapter else []
+    sides: list[Pass] = [PackSidePaths()] if recipe.adapter or recipe.compensate != "none" else []
     return [*ranges, *codes, *sides]
 
 

@@ -66,7 +66,7 @@ def test_json_gives_the_same_recipe_back(values: dict[str, Any]) -> None:
         ({"target": "coreml"}, TargetError, "coreml", "tensorrt-rtx"),
         ({"scheme": "w4a9"}, SchemeError, "w4a9", "w4a8"),
         ({"group_size": 48}, SchemeError, "48", "32, 64"),
-        ({"method": "gptq"}, SchemeError, "gptq", "rtn"),
+        ({"method": "awq"}, SchemeError, "awq", "gptq"),
         ({"clip": "max"}, SchemeError, "max", "mse"),
         ({"tied": "no"}, SchemeError, "no", "untie"),
         ({"embedding_bits": 5}, SchemeError, "5", "16"),
