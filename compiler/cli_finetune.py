@@ -36,7 +36,7 @@ def finetune(
     ] = None,
     repeat: Annotated[int | None, typer.Option(help="Outputs that share a row of qahira.  [default: 1]")] = None,
     init: Annotated[
-        str | None, typer.Option(help="default gaussian orthogonal pissa olora mica loftq.  [default: default]")
+        str | None, typer.Option(help="default gaussian orthogonal pissa olora mica loftq eora.  [default: default]")
     ] = None,
     loftq_iterations: Annotated[int | None, typer.Option(help="Alternations of LoftQ.  [default: 5]")] = None,
     base: Annotated[str | None, typer.Option(help="float w4 w3 w2 nf4: what is trained on.  [default: float]")] = None,
@@ -51,6 +51,9 @@ def finetune(
     rotate: Annotated[str | None, typer.Option(help="none, or a comma list of r1 r2 r3 r4.  [default: r1,r4]")] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs.  [default: 0]")] = None,
     hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
+    rotation_file: Annotated[
+        Path | None, typer.Option("--rotation", metavar="FILE", help="What `rqc rotate` has learned.")
+    ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw lora-plus lora-fa lora-rite.  [default: adamw]")] = None,
     epochs: Annotated[float | None, typer.Option(help="[default: 3]")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps at most; 0: by the epochs.")] = None,

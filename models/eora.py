@@ -36,6 +36,8 @@ def eora(difference: Array, second_moment: Array, rank: int) -> Delta:
     and A's row a unit vector (training can start there). Raises SchemeError for a rank that the linear does not have,
     CheckpointError if something is not finite.
     """
+    if not second_moment.any():
+        second_moment = np.eye(len(second_moment))  # an expert that no token went to: plain truncation
     if not 1 <= rank <= min(difference.shape):
         raise SchemeError(
             f"rank {rank} for a weight {list(difference.shape)}", hint=f"use 1 to {min(difference.shape)}"

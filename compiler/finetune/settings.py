@@ -28,15 +28,16 @@ ACTIVATIONS = (16, 8, 6, 4)
 OPTIMIZERS = ("adamw", "lora-plus", "lora-fa", "lora-rite")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("fp32", "bf16", "fp16")
-INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica", "loftq")
+INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica", "loftq", "eora")
 LARGEST = 1e30
 """Of any option, so that products of a few of them are numbers of float32."""
 KEEPS_FACTOR = ("lora-fa", "lora-rite")
 """Optimizers that train B, alone or with A as a pair."""
 CHANGES_BASE = ("pissa", "olora")
 """Starts that take what the adapter holds out of the base: W ← W − c·B₀A₀."""
+REPAIRS = ("loftq", "eora")
+"""Starts that make up for the error of a base on its grid."""
 REFUSED_INITS = {
-    "eora": "EoRA compensates a finished quantization, it starts no training",
     "eva": "it needs the activations of a pass over the data, and peft's has no end where batches have few tokens",
     "corda": "it needs covariances of a pass over the data, which rqc does not make before training",
     "lora_ga": "it needs gradients of a pass over the data, which rqc does not make before training",
@@ -234,20 +235,20 @@ class Settings:
             raise InputError(
                 f"init {self.init} for {kind}: a pooled adapter cannot hold what it computes", hint="--init default"
             )
-        if self.init == "loftq" and kind == "dora":
+        if self.init in REPAIRS and kind == "dora":
             raise InputError(
-                "init loftq for dora: its magnitudes would be those of the base that LoftQ made worse on purpose",
+                f"init {self.init} for dora: its magnitudes would be those of the base without what repairs it",
                 hint="--adapter-type lora, or --init default",
             )
-        if self.init == "loftq" and self.base == "float":
+        if self.init in REPAIRS and self.base == "float":
             raise InputError(
-                "init loftq on a float base: there is no quantization error that it could make up for",
+                f"init {self.init} on a float base: there is no quantization error that it could make up for",
                 hint="--base w4, w3, w2 or nf4",
             )
         if self.init in CHANGES_BASE and self.base != "float":
             raise InputError(
                 f"init {self.init} on {self.base}: it takes the adapter out of the base, off the grid that is deployed",
-                hint="--init loftq, or --base float",
+                hint="--init loftq or eora, or --base float",
             )
         if self.init == "mica" and kind == "dora":
             raise InputError("init mica for dora, which peft does not have", hint="--adapter-type lora")

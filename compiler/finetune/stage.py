@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
+from rqc.compiler.finetune.eora_starts import eora_starts
 from rqc.compiler.finetune.grids import find_starts, grid_of, put_on_grid
 from rqc.compiler.finetune.settings import CHANGES_BASE, Settings
 from rqc.compiler.finetune.targets import Target, block_linears, chosen_targets
@@ -32,7 +33,7 @@ from rqc.models.pooled import attach, delta_of, set_factors
 from rqc.models.reference import Reference
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PEFT_INITS = {"default": True, "loftq": True}
+PEFT_INITS = {"default": True, "loftq": True, "eora": True}
 """peft's word for a start, where it is not ours."""
 
 
@@ -73,6 +74,7 @@ def build_stage(model_dir: str | Path, settings: Settings, progress: Progress) -
     Raises CheckpointError, UnsupportedModelError, RotationError (the family refuses a site), InputError (target modules
     that match nothing, a rank that is too large), SchemeError (pools that do not divide a layer).
     """
+    eora = eora_starts(model_dir, settings, progress) if settings.init == "eora" else {}
     reference = Reference.load(model_dir)
     tied = reference.description.architecture.tied
     linears = block_linears(reference)
@@ -85,8 +87,8 @@ def build_stage(model_dir: str | Path, settings: Settings, progress: Progress) -
     set_seed(settings.seed)
     model = _with_adapters(reference, targets, settings)
     removed = _removed(reference, targets) if settings.init in CHANGES_BASE else {}
-    for path, start in starts.items():
-        set_factors(reference.model.get_submodule(path), start.delta)
+    for path, delta in {**eora, **{path: start.delta for path, start in starts.items()}}.items():
+        set_factors(reference.model.get_submodule(path), delta)
     _narrow(linears, FLOATS[settings.dtype])
     reference.rotate_online(settings.rotation, tied=tied, dtype=torch.float32)
     if settings.activations < 16:

@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nf4": {"base": "nf4"},
     "loftq": {"base": "w2", "init": "loftq", "alpha": 8},
     "loftq nf4": {"base": "nf4", "init": "loftq"},
+    "eora": {"base": "w2", "init": "eora", "alpha": 8},
+    "eora nf4": {"base": "nf4", "init": "eora", "rotate": "r1,r2,r4"},
     "qalora": {"adapter_type": "qalora", "base": "w4", "group_size": 16},
     "qahira": {"adapter_type": "qahira", "base": "w4", "group_size": 16},
     "qahira shared": {"adapter_type": "qahira", "base": "w4", "group_size": 16, "pool": 32, "repeat": 4},

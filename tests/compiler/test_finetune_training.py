@@ -23,6 +23,7 @@ from rqc.compiler.finetune.settings import Settings
 from rqc.compiler.finetune.stage import build_stage
 from rqc.compiler.finetune.train import AdapterTrainer, LengthBuckets
 from rqc.compiler.instruments import Silent
+from rqc.compiler.text import calibration_text, read_tokenizer
 from rqc.models.adapter_frames import frame_folds
 from rqc.models.checkpoint import Checkpoint
 from rqc.models.grid_linear import GridLinear
@@ -176,6 +177,27 @@ def test_loftq_starts_closer_to_the_model(model: Path) -> None:
             found = build_stage(model, settings, Silent()).model.eval()(input_ids=ids).logits
             errors.append(float((found - wanted).norm()))
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_eora_starts_closer_on_its_text(model: Path) -> None:
+    """Than LoftQ of one turn, which has the same codes and knows no text; the scale of the adapter changes nothing."""
+    tokenizer = read_tokenizer(model)
+    assert tokenizer is not None
+    ids = torch.tensor([tokenizer.encode(calibration_text(), add_special_tokens=False).ids[:200]])
+    with torch.inference_mode():
+        wanted = load_torch_model(model)(input_ids=ids).logits
+        errors = []
+        for options in (
+            {"init": "eora", "alpha": 8},
+            {"init": "eora", "alpha": 32},
+            {"init": "loftq", "loftq_iterations": 1},
+            {"init": "default"},
+        ):
+            settings = Settings.from_values({"base": "w2", "rank": 8, **options})
+            found = build_stage(model, settings, Silent()).model.eval()(input_ids=ids).logits
+            errors.append(float((found - wanted).norm()))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    assert errors[0] < 0.97 * errors[2] < 0.97 * errors[3]
 
 
 def test_lora_fa_moves_b_as_close_to_the_full_gradient_as_its_fixed_a_allows(model: Path) -> None:
