@@ -47,18 +47,19 @@ class TokenCache(Pass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         nodes = [node for node in model.graph if node.op_type == "Attention" and len(node.inputs) > 5]
+        masks: dict[ir.Value, ir.Value] = {}
         for node in nodes:
-            _Lowering(model, node, self.bits).run()
+            _Lowering(model, node, self.bits, masks).run()
         return ir.passes.PassResult(model, modified=bool(nodes))
 
 
 class _Lowering:
     """One attention whose cache becomes codes."""
 
-    def __init__(self, model: ir.Model, node: ir.Node, bits: int) -> None:
+    def __init__(self, model: ir.Model, node: ir.Node, bits: int, masks: dict[ir.Value, ir.Value]) -> None:
         past = node.inputs[4]
         assert past is not None
-        self.model, self.node, self.bits = model, node, bits
+        self.model, self.node, self.bits, self.masks = model, node, bits, masks
         self.layer = (past.name or "").removesuffix(".key")
         self.build = Builder(node, f"{node.name}/cache")
         _, self.heads, _, self.size = sizes(past)
@@ -79,7 +80,9 @@ class _Lowering:
         options = {
             name: attribute.value for name, attribute in node.attributes.items() if not name.endswith("num_heads")
         }
-        y = build.op("Attention", queries, keys, values, mask, **options)
+        if options.pop("is_causal", 0):
+            mask = self._causal(query, mask, codes=kept[0])
+        y = build.op("Attention", queries, keys, values, mask, is_causal=0, **options)
         y = build.op("Transpose", y, perm=[0, 2, 1, 3])
         y = build.op("Reshape", y, constant(self.model, "rqc.flat", [0, 0, -1]))
         self._mark(y, "output")
@@ -159,6 +162,32 @@ class _Lowering:
         """x [batch, heads, tokens, ...] with these last sizes."""
         shape = constant(self.model, f"rqc.cache.last{'x'.join(map(str, last))}", [0, 0, 0, *last])
         return self.build.op("Reshape", x, shape, dtype=x.dtype or FLOAT)
+
+    def _causal(self, query: ir.Value | None, mask: ir.Value | None, codes: ir.Value) -> ir.Value:
+        """The mask of queries that see no later slot: the kernel would count from the first slot, not from the past's
+        end. One for all layers that have the same mask without."""
+        assert mask is not None
+        if mask in self.masks:
+            return self.masks[mask]
+        int64, boolean = ir.DataType.INT64, ir.DataType.BOOL
+
+        def op(kind: str, *inputs: ir.Value | None, dtype: ir.DataType = int64, **attributes: int) -> ir.Value:
+            return self.build.op(kind, *inputs, dtype=dtype, **attributes)
+
+        tokens = op("Squeeze", op("Shape", query, start=1, end=2))
+        total = op("Squeeze", op("Shape", codes, start=2, end=3))
+        first, one, axis = (
+            initializer(self.model, f"rqc.cache.{name}", np.asarray(value, np.int64))
+            for name, value in (("first", 0), ("one", 1), ("rows", [1]))
+        )
+        rows = op("Unsqueeze", op("Range", op("Sub", total, tokens), total, one), axis)
+        seen = op("LessOrEqual", op("Range", first, total, one), rows, dtype=boolean)
+        if mask.dtype == boolean:
+            self.masks[mask] = op("And", mask, seen, dtype=boolean)
+        else:
+            lowest = self._float(float(np.finfo(np.float32).min))
+            self.masks[mask] = op("Where", seen, mask, lowest, dtype=FLOAT)
+        return self.masks[mask]
 
     def _halves(self, x: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
         first = self.build.op("Split", x, dtype=x.dtype or FLOAT, axis=axis, num_outputs=2)
