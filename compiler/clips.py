@@ -138,7 +138,11 @@ def best_ratios(
 
 
 def output_errors(x: F32, weights: Sequence[F32], grid: TokenGrid) -> list[float]:
-    """Σ ‖W (x̂ − x)‖² over tokens x [tokens, K] and weights W [N, K] for every ratio."""
+    """Σ ‖W (x̂ − x)‖² over tokens x [tokens, K] and weights W [N, K] for every ratio.
+
+    Ratios by Σ ‖x̂ − x‖² are as good on rotated SmolLM2 at w4a4 (perplexity up to 3 % above or below, by groups and zero
+    points), where no channel stands out; by the share of each token's ‖W x‖² they are worse by 5 %.
+    """
     rows = np.concatenate(weights)
     # the same by WᵀW where there are more outputs than inputs: fewer products
     gram = rows.T @ rows if len(rows) > x.shape[1] else None

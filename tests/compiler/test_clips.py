@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from tiny import TinyModel
-from tiny_adapters import Lines, talking
+from tiny_adapters import Lines, save_peft, talking
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.clips import RATIOS, best_ratios, output_errors, searched_clips, sites_of
@@ -111,6 +111,19 @@ def test_verify_reproduces_every_grid(options: dict[str, Any], tiny_model: TinyM
         assert (f"clip {clip:g}" in said) == (clip != 1)
     if options.get("target") is None:
         assert f"activations are {said}" in inspect_engine(tmp_path / "e.plan").to_text()
+
+
+def test_branches_read_what_their_linears_read(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = directory_of(tiny_model, tmp_path)
+    adapter = save_peft(directory, tmp_path / "adapter")
+    options: dict[str, Any] = {"activation_clip": "auto", "activation_symmetric": False}
+    compile_engine(
+        directory, tmp_path / "e.plan", scheme="w4a4", rotate="none", adapter=adapter, merge="branch", **options
+    )
+    report = verify_engine(
+        tmp_path / "e.plan", directory, adapter=adapter, token_ids=IDS, tokens=120, window=60, threads=1
+    )
+    assert report.passed, (report.gates, report.notes)
 
 
 def test_the_same_ratios_give_the_same_engine(tiny_model: TinyModel, tmp_path: Path) -> None:
