@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     load = Engine.load
     __version__: str
 
-__all__ = ["Engine", "RqcError", "__version__", "build", "compile", "export", "finetune", "load", "verify"]
+__all__ = ["Engine", "RqcError", "__version__", "build", "compile", "export", "finetune", "load", "rotate", "verify"]
 
 _HOMES = {
     "Engine": ("rqc.runtime.engine", "Engine"),
@@ -25,6 +25,7 @@ _HOMES = {
     "export": ("rqc.compiler.export_gptq", "export_gptq"),
     "finetune": ("rqc.compiler.finetune.run", "finetune"),
     "load": ("rqc.runtime.engine", "Engine.load"),
+    "rotate": ("rqc.compiler.rotate", "rotate"),
     "verify": ("rqc.compiler.verify", "verify_engine"),
 }
 

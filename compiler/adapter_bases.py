@@ -12,6 +12,7 @@ from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.adapter import Adapter
 from rqc.models.adapter_basis import MERGED_POOLS, AdapterBasis
 from rqc.models.grid import Grid
+from rqc.models.rotation_file import RotationFile
 from rqc.runtime.errors import BasisMismatchError, InputError, SchemeError
 
 
@@ -81,13 +82,17 @@ def _grid_text(grid: Grid | None) -> str:
 
 def in_basis(recipe: Recipe, basis: AdapterBasis) -> Recipe:
     """The recipe in the adapter's rotation, but for what of it was asked for by name."""
+    if recipe.rotation_file is not None:
+        return recipe
     rotation = basis.rotation
     sites = recipe.rotate if recipe.rotate != "auto" else rotation.sites
+    made = recipe.stated("hadamard") or recipe.stated("rotation_seed")
     return replace(
         recipe,
         rotate=sites,
         hadamard=recipe.hadamard if recipe.stated("hadamard") else rotation.hadamard,
         rotation_seed=recipe.rotation_seed if recipe.stated("rotation_seed") else rotation.seed,
+        rotation_file=None if made or rotation.learned is None else RotationFile(rotation, basis.base),
     )
 
 

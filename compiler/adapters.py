@@ -87,7 +87,7 @@ def _part(recipe: Recipe, adapter: Adapter, name: str | None, description: Descr
         raise BasisMismatchError(
             f"{adapter.directory} was trained in basis {short(basis.basis)} ({basis.rotation}), "
             f"--rotate {rotation} asks for {short(wanted)}: {obstacle}",
-            hint="leave --rotate, --hadamard and --rotation-seed out: the adapter brings its basis along",
+            hint="leave --rotate, --rotation, --hadamard and --rotation-seed out: the adapter brings its basis along",
         )
     deltas = {n: to_plain(n, d, description, basis.rotation, read) for n, d in adapter.deltas.items()}
     return AdapterPart(adapter, deltas, True, name)

@@ -12,6 +12,7 @@ import typer
 from rqc.compiler.cli_build import build
 from rqc.compiler.cli_export import export
 from rqc.compiler.cli_finetune import finetune
+from rqc.compiler.cli_rotate import rotate
 from rqc.compiler.console import guarded, open_standard_streams, result_on_stdout, stream
 from rqc.runtime import doctor as doctors
 from rqc.runtime.errors import InputError, ParityError
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.command()(finetune)
+app.command()(rotate)
 app.command()(build)
 app.command()(export)
 
@@ -124,6 +126,9 @@ def compile_(
     ] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs.  [default: 0]")] = None,
     hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
+    rotation_file: Annotated[
+        Path | None, typer.Option("--rotation", metavar="FILE", help="What `rqc rotate` has learned.")
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(

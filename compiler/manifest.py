@@ -28,6 +28,7 @@ from rqc.models.algebra import dimensions
 from rqc.models.description import EMBEDDING, HEAD, Architecture
 from rqc.models.quantized import LazyQuantized
 from rqc.models.rotation import Rotation
+from rqc.models.rotation_file import ROTATION_FILE, RotationFile
 from rqc.models.weights import Weight
 from rqc.passes.base import (
     ADAPTER,
@@ -61,7 +62,6 @@ def manifest_of(
     a = imported.description.architecture
     parameters = parameter_count(imported)
     weight_bytes = stored_bytes(model)
-    active = sorted(rotation.sites)
     widths = table_widths(recipe, a)
     return {
         "target": recipe.target,
@@ -74,10 +74,8 @@ def manifest_of(
         "method": recipe.method,
         **(compensation or {}),
         "rotation": {
-            "sites": active,
-            "hadamard": rotation.hadamard,
-            "seed": rotation.seed,
-            "basis": rotation.basis(dimensions(imported.description)) if active else None,
+            **rotation.to_json(),
+            "basis": rotation.basis(dimensions(imported.description)) if rotation.sites else None,
         },
         "tied": recipe.tied if a.tied else None,
         "embedding_bits": widths[EMBEDDING],
@@ -271,8 +269,8 @@ def companion_bytes(imported: Imported) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def engine_files(imported: Imported, report: dict[str, Any]) -> dict[str, bytes]:
-    """The files of the model directory that a device needs, and report.json."""
+def engine_files(imported: Imported, report: dict[str, Any], rotation: Rotation) -> dict[str, bytes]:
+    """The files of the model directory that a device needs, report.json, and the matrices of a learned rotation."""
     directory = imported.checkpoint.directory
     files = {
         name: (directory / name).read_bytes()
@@ -284,4 +282,6 @@ def engine_files(imported: Imported, report: dict[str, Any]) -> dict[str, bytes]
         if converted is not None:
             files["tokenizer.json"] = converted.to_str().encode()
     files["report.json"] = json.dumps(report, indent=1, sort_keys=True).encode()
+    if rotation.learned is not None:
+        files[ROTATION_FILE] = RotationFile(rotation, imported.checkpoint.fingerprint()).to_bytes()
     return files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,32 @@ def typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise InputError(f"{name} is {value!r}", hint=f"{name} is {_WORDS[kind]}")
+
+
+def file_values(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a learned rotation brings along: sites, unless they are chosen, seed and kind.
+
+    Raises InputError where the options say another seed or kind beside it, or leave out all that was learned.
+    """
+    file = parsed.get("rotation_file")
+    if file is None:
+        return {}
+    for name in ("rotation_seed", "hadamard"):
+        if name in parsed:
+            raise InputError(
+                f"--{name.replace('_', '-')} beside --rotation {file.path}, which has its own", hint="leave one out"
+            )
+    rotation, sites = file.rotation, parsed.get("rotate", "auto")
+    if sites != "auto" and not sites & rotation.learned.sites:
+        raise InputError(
+            f"--rotate {','.join(sorted(sites)) or 'none'} leaves out all that {file.path} has learned",
+            hint=f"--rotate {rotation}, or no --rotation",
+        )
+    return {
+        "rotate": rotation.sites if sites == "auto" else sites,
+        "rotation_seed": rotation.seed,
+        "hadamard": rotation.hadamard,
+    }
 
 
 def site_names(value: Any, *words: str) -> list[str]:

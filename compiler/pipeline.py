@@ -37,6 +37,9 @@ from rqc.runtime.errors import InputError
 from rqc.runtime.plans import with_plans
 from rqc.runtime.replace_file import folder_beside
 
+HERE = ("adapter", "rotation")
+"""Options that are paths of this host; engines know what was there by its hash."""
+
 
 @dataclass(frozen=True)
 class CompileReport:
@@ -95,6 +98,8 @@ def compile_model(
         read_text(recipe.calibration)  # what is named must be sound, whether this frame is measured or given
     instruments = Instruments(verify_each, dump_ir, progress or Silent())
     imported = import_model(model_dir)
+    if recipe.rotation_file is not None:
+        recipe.rotation_file.check_model(imported.checkpoint.fingerprint())
     manifests.check_files(imported)
     recipe, merge = open_adapter(recipe, imported, instruments.progress)
     recipe = settled(recipe, imported.description.architecture, merge)
@@ -178,12 +183,12 @@ def _write_onnx(output: Path, made: _Made, progress: Progress) -> EngineSummary:
     adapter = None if made.merge is None else made.merge.record(made.survival or {})
     beside = said_of(made.recipe, made.findings)
     manifest = manifests.manifest_of(made.imported, made.model, made.recipe, made.choice.rotation, adapter, beside)
-    recipe = {name: value for name, value in made.recipe.to_json().items() if name != "adapter"}  # a path of this host
+    recipe = {name: value for name, value in made.recipe.to_json().items() if name not in HERE}
     calibration = None if made.findings is None else made.findings.to_json()
     report = {"rotation": made.choice.said, "recipe": recipe, "adapter": adapter, "survival": made.survival}
     report |= {"calibration": calibration} if calibration else {}
     report |= {"widths": made.widths} if made.widths else {}
-    files = manifests.engine_files(made.imported, report)
+    files = manifests.engine_files(made.imported, report, made.choice.rotation)
     try:
         return write_engine(output, made.model, manifest, files, progress=progress.advance)
     finally:

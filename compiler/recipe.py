@@ -16,9 +16,10 @@ from typing import Any, Literal
 from rqc.compiler.adapter_sources import AdapterSource, parse_sources
 from rqc.compiler.compensation_options import check_compensation
 from rqc.compiler.layer_rules import LayerRule, check_budget, parse_rules
-from rqc.compiler.option_values import NUMBER, PATH, near_miss, one_of, site_names, typed
+from rqc.compiler.option_values import NUMBER, PATH, file_values, near_miss, one_of, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.rotation import KINDS, SITES, Rotation
+from rqc.models.rotation_file import RotationFile
 from rqc.runtime.capabilities import parse_sms
 from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError, TargetError
 from rqc.runtime.profiles import Profile
@@ -57,15 +58,16 @@ class Recipe:
     compensate_rank: of the branch beside each linear (of fewer dimensions: all it has), compensate_budget: bits of all
     branches for each weight, spread where they take off most; sparsity, prune: which weights are zero, and by what.
     activation_symmetric, activation_clip: of a grid per token; "auto" is searched on the calibration text, tensor by
-    tensor. rotate: "auto", or the rotated sites (none of them: no rotation). embedding_bits, head_bits: 16 and 32 are
-    floats; None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text that ships;
-    calibration_samples windows of calibration_length tokens are read from it. adapter: PEFT directories, whose sum is
-    merged as `merge` says, or which stay beside the weights to be switched at run time if they have names; a compile
-    fails where less than min_survival is left in a linear. layers: rules that give linears other widths than the
-    scheme's, the last that matches counts; bits_budget: the mean of the bits of all linears of the blocks, which those
-    without a rule fill. given: the options that were asked for by name, which what an adapter brings along does not
-    replace. widths: what rules and budget come to, by weight name, once the model is known; clips: the ratios that were
-    searched, by weight name, once its frame is.
+    tensor. rotate: "auto", or the rotated sites (none of them: no rotation). rotation_file, by the name of "rotation":
+    what `rqc rotate` has learned, with the sites, seed and kind that it says of the others. embedding_bits, head_bits:
+    16 and 32 are floats; None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text
+    that ships; calibration_samples windows of calibration_length tokens are read from it. adapter: PEFT directories,
+    whose sum is merged as `merge` says, or which stay beside the weights to be switched at run time if they have names;
+    a compile fails where less than min_survival is left in a linear. layers: rules that give linears other widths than
+    the scheme's, the last that matches counts; bits_budget: the mean of the bits of all linears of the blocks, which
+    those without a rule fill. given: the options that were asked for by name, which what an adapter brings along does
+    not replace. widths: what rules and budget come to, by weight name, once the model is known; clips: the ratios that
+    were searched, by weight name, once its frame is.
     """
 
     target: str = "onnx"
@@ -86,6 +88,7 @@ class Recipe:
     rotate: Literal["auto"] | frozenset[str] = "auto"
     rotation_seed: int = 0
     hadamard: str = "full"
+    rotation_file: RotationFile | None = None
     kv_cache: str = "float"
     tied: str = "keep"
     embedding_bits: int | None = None
@@ -184,7 +187,10 @@ class Recipe:
     @property
     def rotation(self) -> Rotation | None:
         """The rotation asked for, which may have no sites; None where it is chosen by measurement (`auto`)."""
-        return None if self.rotate == "auto" else Rotation(self.rotate, self.hadamard, self.rotation_seed)
+        if self.rotate == "auto":
+            return None
+        learned = None if self.rotation_file is None else self.rotation_file.rotation.learned
+        return Rotation(self.rotate, self.hadamard, self.rotation_seed, learned)
 
     def table_bits(self, *, tied: bool) -> tuple[int, int]:
         """(embedding, head) bits of a model whose two tables are `tied` or not; 16 and 32 are floats.
@@ -205,7 +211,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain values, readable by `from_values`."""
-        without = () if self.sparsity != "none" else ("prune",)
+        without = {"rotation_file"} | (set() if self.sparsity != "none" else {"prune"})
+        without |= set() if self.rotation_file is None else {"rotation_seed", "hadamard"}  # which it brings along
         plain = {name: getattr(self, name) for name in option_names() if name not in without}
         rotate = "auto" if self.rotate == "auto" else ",".join(sorted(self.rotate)) or "none"
         return {
@@ -217,6 +224,7 @@ class Recipe:
             "rotate": rotate,
             **({} if self.calibration is None else {"calibration": str(self.calibration)}),
             **({"adapter": [str(source) for source in self.adapter]} if self.adapter else {}),
+            **({} if self.rotation_file is None else {"rotation": str(self.rotation_file.path)}),
         }
 
     @classmethod
@@ -229,13 +237,14 @@ class Recipe:
         parsed: dict[str, Any] = {}
         for key, value in values.items():
             name = key.replace("-", "_")
+            name = "rotation_file" if name == "rotation" else name
             if name not in known:
                 raise InputError(f"unknown option {key!r} of a compile", hint=near_miss(name, known))
             if name in parsed:
                 raise InputError(f"option {key!r} is given twice", hint="- and _ are the same in names")
             if value is not None:
                 parsed[name] = _parse(name, value)
-        return cls(**parsed, given=frozenset(parsed))
+        return cls(**{**parsed, **file_values(parsed)}, given=frozenset(parsed))
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:
@@ -284,6 +293,8 @@ def _parse(name: str, value: Any) -> Any:
         return parse_size(value) if isinstance(value, str) else typed(name, value, int)
     if name == "calibration":
         return Path(typed(name, value, PATH))
+    if name == "rotation_file":
+        return value if isinstance(value, RotationFile) else RotationFile.read(typed("rotation", value, PATH))
     if name == "adapter":
         return parse_sources(value)
     if name == "profile":

@@ -33,8 +33,10 @@ from rqc.models.algebra import dimensions
 from rqc.models.cache_grid import quantize_cache
 from rqc.models.checkpoint import Checkpoint
 from rqc.models.delta import Delta
+from rqc.models.learned import Learned
 from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
+from rqc.models.rotation_file import ROTATION_FILE, RotationFile
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import BasisMismatchError, InputError, TargetError
@@ -243,7 +245,7 @@ class _Verification:
         """The engine's rotation and whether its tables are one. Raises BasisMismatchError if its basis is not what it
         says."""
         recorded = self.file.manifest["rotation"]
-        rotation = Rotation.from_json(recorded)
+        rotation = Rotation.from_json(recorded, self._learned())
         description = self.reference.description
         basis = rotation.basis(dimensions(description)) if rotation.sites else None
         if basis != recorded["basis"]:
@@ -252,6 +254,12 @@ class _Verification:
                 hint="compile the engine again with this version of rqc",
             )
         return rotation, description.architecture.tied and self.file.manifest["tied"] != "untie"
+
+    def _learned(self) -> Learned | None:
+        """The matrices in the engine, if it has some."""
+        if not self.file.has(ROTATION_FILE):
+            return None
+        return RotationFile.of_bytes(self.file.read(ROTATION_FILE), Path(ROTATION_FILE)).rotation.learned
 
     def _adopt(self, stored: StoredGraph, rotation: Rotation, tied: bool) -> None:
         """Bring the reference into the engine's frame and let it compute with the engine's weights, which are judged.

@@ -78,7 +78,7 @@ class Adapter:
         if built != self.basis.basis:
             raise BasisMismatchError(
                 f"{self.directory} was trained in the basis {self.basis.basis}, this rqc builds {built} from the same "
-                f"rotation ({self.basis.rotation}, {self.basis.rotation.hadamard}, seed {self.basis.rotation.seed})",
+                f"rotation ({self.basis.rotation}, {self.basis.rotation.made})",
                 hint="use the rqc that trained it, or train it again",
             )
 
@@ -125,5 +125,5 @@ def _fingerprint(directory: Path) -> str:
     for name in (CONFIG_FILE, WEIGHTS_FILE, BASIS_FILE, RESIDUAL_FILE):
         path = directory / name
         content = path.read_bytes() if path.is_file() else b""
-        digest.update(f"{name} {len(content)}".encode() + content)
+        digest.update(f"{name} {len(content)}".encode() + content)  # a learned rotation is in the basis by its hash
     return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""What an adapter was trained on: the rotated basis, the base model and its grid. It travels as rqc_basis.json."""
+"""What an adapter was trained on: the rotated basis, the base model and its grid. It travels as rqc_basis.json, with
+rqc_rotation.safetensors beside it where the rotation was learned."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rqc.models.grid import Grid
+from rqc.models.learned import Learned
 from rqc.models.rotation import Rotation
+from rqc.models.rotation_file import RotationFile
 from rqc.runtime.errors import InputError, RqcError
 
-BASIS_FILE = "rqc_basis.json"
+BASIS_FILE, ROTATION_FILE = "rqc_basis.json", "rqc_rotation.safetensors"
 FORMAT, VERSION = "rqc-basis", 1
 BASE_KINDS = ("float", "w4", "w3", "w2", "nf4")
 GRID_KEYS = ("bits", "group_size", "symmetric", "clip")
@@ -78,15 +81,20 @@ class AdapterBasis:
         """rqc_basis.json itself; equal bases give equal bytes."""
         return (json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n").encode()
 
+    def rotation_bytes(self) -> bytes | None:
+        """rqc_rotation.safetensors itself; None where nothing was learned."""
+        return None if self.rotation.learned is None else RotationFile(self.rotation, self.base).to_bytes()
+
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> AdapterBasis:
-        """The inverse of `to_json`. Raises InputError for a damaged or newer one."""
+    def from_json(cls, value: Mapping[str, Any], learned: Learned | None = None) -> AdapterBasis:
+        """The inverse of `to_json`; learned matrices are the caller's to bring. Raises InputError for a damaged or
+        newer one."""
         if value.get("format") != FORMAT or value.get("format_version") != VERSION:
             found = f"{value.get('format')!r} version {value.get('format_version')!r}"
             raise InputError(f"{BASIS_FILE} is of format {found}", hint=f"this rqc reads {FORMAT!r} version {VERSION}")
         try:
             return cls(
-                rotation=Rotation.from_json(value["rotation"]),
+                rotation=Rotation.from_json(value["rotation"], learned),
                 basis=_text(value["rotation"]["basis"], optional=True),
                 base=str(_text(value["base"]["fingerprint"])),
                 model_type=str(_text(value["base"]["model_type"])),
@@ -117,7 +125,8 @@ class AdapterBasis:
             raise InputError(f"{path} cannot be read: {error}", hint=_HINT) from error
         if not isinstance(value, dict):
             raise InputError(f"{path} is not a JSON object", hint=_HINT)
-        return cls.from_json(value)
+        stored = directory / ROTATION_FILE
+        return cls.from_json(value, RotationFile.read(stored).rotation.learned if stored.exists() else None)
 
 
 def _text(value: Any, *, optional: bool = False) -> str | None:

@@ -1,4 +1,4 @@
-"""The tensors of an adapter: safetensors files read as float64, and written so that equal values give equal bytes."""
+"""The tensors of adapters and rotations: safetensors read as float64, written so that equal values give equal bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rqc.runtime.errors import InputError, UnsupportedModelError
 Array = NDArray[np.float64]
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
-_HINT = "the file is truncated or damaged: save the adapter again"
+_HINT = "the file is truncated or damaged: save it again"
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -28,14 +28,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """
     try:
         content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}", hint=_HINT) from error
+    return parse_tensors(content, path)
+
+
+def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """The same for the bytes of a safetensors file that errors call `path`."""
+    try:
         found = _deserialize(content)
-    except (OSError, safetensors.SafetensorError) as error:
+    except safetensors.SafetensorError as error:
         raise InputError(f"{path} cannot be read: {error}", hint=_HINT) from error
     tensors = {}
     for name, entry in found:
         if entry["dtype"] not in _NUMPY:
             raise UnsupportedModelError(
-                f"tensor {name!r} in {path.name} is of type {entry['dtype']}", hint="save the adapter as floats"
+                f"tensor {name!r} in {path.name} is of type {entry['dtype']}", hint="save it as floats"
             )
         raw = np.frombuffer(entry["data"], _NUMPY[entry["dtype"]]).reshape(entry["shape"])
         values = (raw.astype("<u4") << 16).view("<f4") if entry["dtype"] == "BF16" else raw
@@ -43,7 +51,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         if not np.isfinite(tensors[name]).all():
             raise InputError(
                 f"tensor {name!r} in {path.name} holds NaN or infinite values",
-                hint="its training diverged, or the file is damaged: train or save the adapter again",
+                hint="its training diverged, or the file is damaged: train or save it again",
             )
     return tensors, _metadata(content)
 
@@ -64,9 +72,7 @@ def tensor_bytes(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> b
         with np.errstate(over="ignore"):  # told below
             cast = np.ascontiguousarray(tensors[name], dtype="<f4")
         if not np.isfinite(cast).all():
-            raise InputError(
-                f"{name!r} holds values that float32 cannot", hint="train the adapter again, at a lower rate"
-            )
+            raise InputError(f"{name!r} holds values that float32 cannot", hint="train it again, at a lower rate")
         header[name] = {"dtype": "F32", "shape": list(cast.shape), "data_offsets": [place, place + cast.nbytes]}
         parts.append(cast.tobytes())
         place += cast.nbytes

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rqc.models.adapter_basis import BASIS_FILE, AdapterBasis
+from rqc.models.adapter_basis import BASIS_FILE, ROTATION_FILE, AdapterBasis
 from rqc.models.adapter_config import CONFIG_FILE
 from rqc.models.adapter_tensors import tensor_bytes
 from rqc.models.delta import Array, Delta
@@ -52,6 +52,8 @@ def write_adapter(
     files = {CONFIG_FILE: _config(modules, rslora=rslora, dropout=dropout, base_model=base_model)}
     if basis is not None:
         files[BASIS_FILE] = basis.to_bytes()
+        if (rotation := basis.rotation_bytes()) is not None:
+            files[ROTATION_FILE] = rotation
     if residual:
         files[RESIDUAL_FILE] = tensor_bytes(_tensors(_modules(residual, torch_names or {})), {"format": "pt"})
     files[WEIGHTS_FILE] = tensor_bytes(_tensors(modules), metadata)
@@ -165,7 +167,7 @@ def _replace(directory: Path, files: Mapping[str, bytes]) -> None:
             if not directory.exists():
                 os.replace(staging, directory)
             else:
-                for name in (WEIGHTS_FILE, BASIS_FILE, RESIDUAL_FILE, "adapter_model.bin"):
+                for name in (WEIGHTS_FILE, BASIS_FILE, ROTATION_FILE, RESIDUAL_FILE, "adapter_model.bin"):
                     (directory / name).unlink(missing_ok=True)
                 for name in files:
                     os.replace(staging / name, directory / name)

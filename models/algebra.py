@@ -146,7 +146,7 @@ def _linear_folds(description: Description, rotation: Rotation, claim: Claim) ->
     a = description.architecture
     rows = description.segments(claim)
     ffn = description.sizes(claim.expert)[FFN]
-    r1, r2, r4 = rotation.r1(a.hidden_size), rotation.r2(a.head_dim), rotation.r4(ffn)
+    r1, r2, r4 = rotation.r1(a.hidden_size), rotation.r2(a.head_dim, claim.layer), rotation.r4(ffn)
     folds: list[Fold] = []
     if r1 is not None and claim.linear.reads == RESIDUAL:
         folds.append(RotateIn(r1))
@@ -169,7 +169,8 @@ def signed(rotation: Orthogonal, signs: Array) -> Orthogonal:
 
 
 def check_sites(description: Description, rotation: Rotation) -> None:
-    """Raise RotationError when the family refuses a site, naming the reason."""
+    """Raise RotationError when the family refuses a site, naming the reason, or learned matrices are not of its
+    sizes."""
     for site, reason in description.family.refusals:
         if site in rotation.sites:
             rest = ",".join(sorted({"r1", "r2", "r3", "r4"} - {name for name, _ in description.family.refusals}))
@@ -177,6 +178,9 @@ def check_sites(description: Description, rotation: Rotation) -> None:
                 f"{site} cannot be folded into {description.architecture.model_type}: {reason}",
                 hint=f"use --rotate {rest}",
             )
+    if rotation.learned is not None:
+        a = description.architecture
+        rotation.learned.check({"r1": (1, a.hidden_size), "r2": (a.layers, a.head_dim)})
 
 
 def dimensions(description: Description) -> dict[str, int | tuple[int, ...]]:

@@ -134,9 +134,15 @@ class Reference:
         for name, applied in folds.items():
             self._fold(name, tuple(applied))
         if "r1" in rotation.sites:
-            neutral = 0.0 if self.description.family.offset_norms else 1.0
-            for name in folded_norms(self.description, head=not tied):
-                self.model.get_parameter(name).data.fill_(neutral)
+            self._empty_norms(tied=tied)
+
+    def fold_norms(self, *, tied: bool) -> None:
+        """Move the norms' gains into the linears that read them, so that any R1 commutes with the norms."""
+        if not tied:
+            self.untie()
+        for name, applied in norm_folds(self.description, head=not tied).items():
+            self._fold(name, tuple(applied))
+        self._empty_norms(tied=tied)
 
     def rotate_online(self, rotation: Rotation, *, tied: bool, dtype: torch.dtype = torch.float64) -> None:
         """The online half of `rotate`, computed in `dtype`: hooks on whatever stands at each linear's path now.
@@ -177,6 +183,11 @@ class Reference:
             tensor = found
         values: NDArray[np.float64] = tensor[start:stop].double().cpu().numpy()
         return values
+
+    def _empty_norms(self, *, tied: bool) -> None:
+        neutral = 0.0 if self.description.family.offset_norms else 1.0
+        for name in folded_norms(self.description, head=not tied):
+            self.model.get_parameter(name).data.fill_(neutral)
 
     def _fold(self, name: str, folds: tuple[Fold, ...]) -> None:
         part = self.parts[name]

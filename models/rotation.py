@@ -3,7 +3,7 @@
 Row vectors: a rotation Q takes an activation x to x Q. The sites are SpinQuant's (Liu et al., 2024): r1 the residual
 stream, r2 the value heads, r3 queries and keys after RoPE, r4 the input of the down projection. r1 and r2 are folded
 into weights and carry random signs; r3 and r4 stay in the graph as plain Hadamards, since signs would cost time there.
-Those of r4 are free in the up projection: `Rotation.r4_signs`.
+Those of r4 are free in the up projection: `Rotation.r4_signs`. The matrices of r1 and r2 may be learned ones instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rqc.models.hadamard import constructible, hadamard, hartley
-from rqc.runtime.errors import RotationError
+from rqc.models.learned import Learned
+from rqc.runtime.errors import BasisMismatchError, RotationError
 
 Array = npt.NDArray[np.float64]
 
@@ -110,12 +111,14 @@ class Rotation:
     """The rotated sites of a model and how their matrices are made. Equal values give equal matrices, in any process.
 
     sites: a subset of SITES. hadamard: 'full' mixes all n channels of a site, 'block' those in blocks of a power of two
-    up to 256. seed: selects the signs of r1, r2 and r4. Raises RotationError for anything else.
+    up to 256. seed: selects the signs of r1, r2 and r4. learned: matrices in place of those of r1 and r2; what is there
+    of other sites is left out. Raises RotationError for anything else.
     """
 
     sites: frozenset[str]
     hadamard: str = "full"
     seed: int = 0
+    learned: Learned | None = None
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.sites) - set(SITES)):
@@ -124,13 +127,20 @@ class Rotation:
             raise RotationError(f"unknown kind of Hadamard {self.hadamard!r}", hint=f"known: {', '.join(KINDS)}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise RotationError(f"bad rotation seed {self.seed!r}", hint="an integer, 0 or more")
+        if self.learned is not None:
+            object.__setattr__(self, "learned", self.learned.only(frozenset(self.sites)))
 
     def r1(self, n: int) -> Orthogonal | None:
-        """The residual stream's rotation at hidden size n, with random signs; None if r1 is off."""
+        """The residual stream's rotation at hidden size n, with random signs or learned; None if r1 is off."""
+        if (matrix := self._learned("r1", n)) is not None:
+            return Orthogonal((matrix,))
         return _orthogonal("r1", self.hadamard, n, self.seed) if "r1" in self.sites else None
 
-    def r2(self, d: int) -> Orthogonal | None:
-        """The rotation of one value head of size d, with random signs, the same in every layer; None if r2 is off."""
+    def r2(self, d: int, layer: int) -> Orthogonal | None:
+        """The rotation of one value head of size d: with random signs, the same in every layer, or learned for this
+        one; None if r2 is off."""
+        if (matrix := self._learned("r2", d, layer)) is not None:
+            return Orthogonal((matrix,))
         return _orthogonal("r2", self.hadamard, d, self.seed) if "r2" in self.sites else None
 
     def r3(self, d: int) -> Orthogonal | None:
@@ -160,6 +170,9 @@ class Rotation:
             if site not in dims:
                 raise RotationError(f"no order given for the rotation {site}", hint="give every rotated site's size")
             sizes = dims[site]
+            if self.learned is not None and site in self.learned.sites:
+                digest.update(f"{site} learned {self.learned.hashes[site]}".encode())
+                continue
             for n in sorted({sizes} if isinstance(sizes, int) else set(sizes)):
                 signs = _signs(site, n, self.seed) if site != "r3" else np.ones(n)
                 digest.update(f"{site} {n}".encode())
@@ -176,26 +189,48 @@ class Rotation:
             raise RotationError(f"a rotation is named twice: {','.join(names)}", hint="name each of them once")
         return Rotation(frozenset(names), hadamard, seed)
 
+    @property
+    def made(self) -> str:
+        """How its matrices are made, in words: "full Hadamard, seed 0"."""
+        words = f"{self.hadamard} Hadamard, seed {self.seed}"
+        return words if self.learned is None else f"{' and '.join(sorted(self.learned.sites))} learned, {words}"
+
     def __str__(self) -> str:
         """What `parse` reads: "r1,r4" or "none"."""
         return ",".join(sorted(self.sites)) or "none"
 
     def to_json(self) -> dict[str, Any]:
-        """{"sites": [...], "hadamard": ..., "seed": ...}"""
-        return {"sites": sorted(self.sites), "hadamard": self.hadamard, "seed": self.seed}
+        """{"sites": [...], "hadamard": ..., "seed": ...}, and of learned sites the hashes: {"learned": {"r1": ...}}"""
+        plain = {"sites": sorted(self.sites), "hadamard": self.hadamard, "seed": self.seed}
+        return plain if self.learned is None else {**plain, "learned": self.learned.hashes}
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Rotation:
-        """The inverse of `to_json`; a "basis" stored beside it is the caller's to compare.
+    def from_json(value: Mapping[str, Any], learned: Learned | None = None) -> Rotation:
+        """The inverse of `to_json`; a "basis" stored beside it is the caller's to compare, learned matrices the
+        caller's to bring.
 
-        Raises RotationError if a key is missing or its value wrong.
+        Raises RotationError if a key is missing or its value wrong, BasisMismatchError for other matrices than those
+        that it names.
         """
         if missing := [key for key in ("sites", "hadamard", "seed") if key not in value]:
             raise RotationError(f"a stored rotation lacks {', '.join(missing)}", hint="write it with Rotation.to_json")
         sites = value["sites"]
         if not isinstance(sites, (list, tuple)) or not all(isinstance(site, str) for site in sites):
             raise RotationError(f"a stored rotation has bad sites {sites!r}", hint=f"a list of {', '.join(SITES)}")
-        return Rotation.parse(sites, value["hadamard"], value["seed"])
+        rotation = replace(Rotation.parse(sites, value["hadamard"], value["seed"]), learned=learned)
+        named, brought = value.get("learned"), None if rotation.learned is None else rotation.learned.hashes
+        if named != brought:
+            told = "are missing" if brought is None else "were not learned" if named is None else "are of another one"
+            raise BasisMismatchError(
+                f"the matrices of a stored rotation {told}", hint="restore the file beside it, or learn it again"
+            )
+        return rotation
+
+    def _learned(self, site: str, n: int, layer: int = 0) -> Array | None:
+        """The matrix of a learned site, None for another."""
+        if self.learned is None or site not in self.learned.sites:
+            return None
+        return self.learned.matrix(site, n, layer)
 
 
 @cache

@@ -32,8 +32,8 @@ class Rotate(Pass):
 
     @property
     def detail(self) -> str:
-        """Sites, kind and seed."""
-        return f"{self.rotation} {self.rotation.hadamard} seed {self.rotation.seed}"
+        """Sites, and how their matrices are made."""
+        return f"{self.rotation} {self.rotation.made}"
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if DONE in model.metadata_props or not self.rotation.sites:

@@ -304,7 +304,8 @@ def _rotation_text(rotation: Mapping[str, Any] | None) -> str:
     if not rotation or not rotation.get("sites"):
         return "none"
     sites, basis = ",".join(rotation["sites"]), str(rotation.get("basis"))[:16]
-    return f"{sites}, {rotation.get('hadamard')} Hadamard, seed {rotation.get('seed')}, basis {basis}"
+    learned = "".join(f"{site} learned, " for site in sorted(rotation.get("learned") or {}))
+    return f"{sites}, {learned}{rotation.get('hadamard')} Hadamard, seed {rotation.get('seed')}, basis {basis}"
 
 
 def _cache_text(manifest: Mapping[str, Any]) -> str:

@@ -109,6 +109,8 @@ class Material:
             progress.line(f"evaluation: {held_out.summary()}")
         hashes = {"training data": _hash(train), "evaluation data": None if held_out is None else _hash(held_out)}
         fingerprint = checkpoint.fingerprint()
+        if settings.rotation_file is not None:
+            settings.rotation_file.check_model(fingerprint)
         return cls(Path(model_dir), checkpoint, fingerprint, train, held_out, tokenizer.pad_id, hashes, today)
 
     def identity(self, settings: Settings) -> dict[str, Any]:

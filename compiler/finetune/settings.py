@@ -12,13 +12,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rqc.compiler.option_values import NUMBER, PATH, near_miss, one_of, site_names, typed
+from rqc.compiler.option_values import NUMBER, PATH, file_values, near_miss, one_of, site_names, typed
 from rqc.compiler.recipe import CLIPS, GROUP_SIZES
 from rqc.compiler.scheme import SCHEMES
 from rqc.models.adapter_basis import ADAPTER_TYPES, BASE_KINDS, MERGED_POOLS, POOLED
 from rqc.models.grid import Grid
 from rqc.models.nf4 import NormalFloat
 from rqc.models.rotation import KINDS, Rotation
+from rqc.models.rotation_file import RotationFile
 from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError
 
 BASE_BITS = {"w4": 4, "w3": 3, "w2": 2}
@@ -51,9 +52,11 @@ class Settings:
     target_modules: names such as q_proj, none of them for all linears of the blocks. pool, repeat: inputs that share a
     column of a pooled adapter and outputs that share a row, None for what its type has. loftq_iterations: alternations
     between quantizing and SVD. base, group_size, symmetric, clip: the grid of the frozen weights. activations: bits
-    that the linears' inputs are rounded to while training. max_steps: 0 for as many as the epochs have. eval_split: the
-    share of the records that is held out, or from 1 on their number. eval_steps, save_steps: optimizer steps between
-    evaluations (0: at the end of an epoch) and between checkpoints. seq_len: tokens after which a record is cut.
+    that the linears' inputs are rounded to while training. rotation_file, by the name of "rotation": what `rqc rotate`
+    has learned, with the sites, seed and kind that it says of the others. max_steps: 0 for as many as the epochs have.
+    eval_split: the share of the records that is held out, or from 1 on their number. eval_steps, save_steps: optimizer
+    steps between evaluations (0: at the end of an epoch) and between checkpoints. seq_len: tokens after which a record
+    is cut.
     """
 
     adapter_type: str = "lora"
@@ -74,6 +77,7 @@ class Settings:
     rotate: frozenset[str] = frozenset(("r1", "r4"))
     rotation_seed: int = 0
     hadamard: str = "full"
+    rotation_file: RotationFile | None = None
     optimizer: str = "adamw"
     epochs: float = 3.0
     max_steps: int = 0
@@ -102,7 +106,8 @@ class Settings:
     @property
     def rotation(self) -> Rotation:
         """The rotation that is trained in; it may have no sites."""
-        return Rotation(self.rotate, self.hadamard, self.rotation_seed)
+        learned = None if self.rotation_file is None else self.rotation_file.rotation.learned
+        return Rotation(self.rotate, self.hadamard, self.rotation_seed, learned)
 
     @property
     def grid(self) -> Grid | None:
@@ -134,11 +139,14 @@ class Settings:
         return 1 if self.repeat is None else self.repeat
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as plain values, readable by `from_values`."""
+        """The settings as plain values; a learned rotation by its hashes."""
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
         paths = {name: None if plain[name] is None else str(plain[name]) for name in ("eval_data", "export_plain")}
         rotate = ",".join(sorted(self.rotate)) or "none"
-        return {**plain, **paths, "target_modules": list(self.target_modules), "rotate": rotate}
+        learned = self.rotation.learned
+        said = {} if learned is None else {"learned": learned.hashes}
+        del plain["rotation_file"]
+        return {**plain, **paths, "target_modules": list(self.target_modules), "rotate": rotate, **said}
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Settings:
@@ -150,11 +158,12 @@ class Settings:
         parsed: dict[str, Any] = {}
         for key, value in values.items():
             name = key.replace("-", "_")
+            name = "rotation_file" if name == "rotation" else name
             if name not in known:
                 raise InputError(f"unknown option {key!r} of a fine-tune", hint=near_miss(name, known))
             if value is not None:
                 parsed[name] = _parse(name, value)
-        return cls(**parsed)
+        return cls(**{**parsed, **file_values(parsed)})
 
     def _check_choices(self) -> None:
         _refused("init", self.init, REFUSED_INITS, INITS)
@@ -294,6 +303,8 @@ def _parse(name: str, value: Any) -> Any:
         return _parse_rotate(value)
     if name == "target_modules":
         return _parse_names(value)
+    if name == "rotation_file":
+        return value if isinstance(value, RotationFile) else RotationFile.read(typed("rotation", value, PATH))
     if name in ("eval_data", "export_plain"):
         return Path(typed(name, value, PATH))
     default = _default(name)

@@ -136,7 +136,7 @@ def test_no_rotation_of_nothing(n: int, rotation: Rotation) -> None:
 
 @pytest.mark.parametrize("rotation", [ALL, BLOCKS], ids=["full", "block"])
 def test_repeat_rotates_every_head_alike(rotation: Rotation) -> None:
-    head = rotation.r2(20)
+    head = rotation.r2(20, 0)
     assert head is not None
     heads = head.with_repeat(3)
     assert heads.n == 60
@@ -166,7 +166,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 def test_a_site_that_is_off_has_no_matrix() -> None:
     off = Rotation.parse("none")
-    assert (off.r1(64), off.r2(64), off.r3(64), off.r4(64)) == (None, None, None, None)
+    assert (off.r1(64), off.r2(64, 0), off.r3(64), off.r4(64)) == (None, None, None, None)
     np.testing.assert_array_equal(off.r4_signs(5), np.ones(5))
     only = Rotation.parse("r3")
     assert only.r3(64) is not None
@@ -174,7 +174,7 @@ def test_a_site_that_is_off_has_no_matrix() -> None:
 
 
 def test_folded_sites_carry_signs_and_online_ones_do_not() -> None:
-    r2, r3 = ALL.r2(64), ALL.r3(64)
+    r2, r3 = ALL.r2(64, 0), ALL.r3(64)
     assert r2 is not None
     assert r3 is not None
     assert r1(64).signs is not None

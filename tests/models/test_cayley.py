@@ -1,0 +1,64 @@
+"""Cayley steps: they stay on the manifold, go down, and are the exponential's to first order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rqc.models.cayley import CayleySGD, cayley, skew
+
+
+def orthogonal(count: int, n: int, seed: int = 0) -> Tensor:
+    draw = torch.from_numpy(np.random.default_rng(seed).standard_normal((count, n, n)))
+    return torch.linalg.qr(draw).Q.contiguous()
+
+
+def off(x: Tensor) -> float:
+    return float((x @ x.mT - torch.eye(x.shape[-1], dtype=x.dtype)).abs().max())
+
+
+@pytest.mark.parametrize(("count", "n"), [(1, 96), (30, 16), (3, 1), (2, 7)])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_steps_stay_on_the_manifold(count: int, n: int, scale: float) -> None:
+    x = orthogonal(count, n)
+    descent = CayleySGD([x], [torch.zeros_like(x)], 0.9)
+    generator = np.random.default_rng(1)
+    for step in range(60):
+        before = x.clone()
+        descent.step([torch.from_numpy(scale * generator.standard_normal(x.shape))], 1.5 * (1 - step / 60))
+        assert off(x) < 1e-12
+        tangent = before.mT @ descent.moments[0]
+        assert float((tangent + tangent.mT).abs().max()) <= 1e-12 * max(1.0, float(tangent.abs().max()))
+
+
+def test_a_gradient_off_the_manifold_moves_nothing() -> None:
+    x = orthogonal(1, 24)
+    before = x.clone()
+    symmetric = torch.from_numpy(np.random.default_rng(2).standard_normal((1, 24, 24)))
+    CayleySGD([x], [torch.zeros_like(x)], 0.9).step([(symmetric + symmetric.mT) @ x], 1.5)
+    torch.testing.assert_close(x, before, rtol=0, atol=1e-12)
+
+
+def test_a_step_is_the_exponential_to_second_order() -> None:
+    x = orthogonal(2, 12)
+    y = skew(torch.from_numpy(np.random.default_rng(3).standard_normal(x.shape)), x)
+    errors = []
+    for alpha in (1e-2, 1e-3):
+        exact = torch.matrix_exp(-alpha * y) @ x
+        errors.append(float((cayley(x, y, torch.full((2, 1, 1), alpha).double()) - exact).abs().max()))
+    assert errors[1] < errors[0] / 500
+
+
+def test_descent_finds_a_rotation_that_is_known() -> None:
+    """min ‖A X − B‖ for B = A X*, X* of X's component: the Procrustes problem, whose answer is X*."""
+    target = orthogonal(1, 8, seed=5)
+    x = orthogonal(1, 8, seed=6)
+    if torch.linalg.det(x) * torch.linalg.det(target) < 0:
+        x[0, 0] *= -1
+    a = torch.from_numpy(np.random.default_rng(7).standard_normal((40, 8)))
+    descent = CayleySGD([x], [torch.zeros_like(x)], 0.5)
+    for step in range(400):
+        descent.step([2 * a.mT @ (a @ x - a @ target) / 40], 0.3 * (1 - step / 400))
+    torch.testing.assert_close(x, target, rtol=0, atol=1e-4)
