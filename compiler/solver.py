@@ -47,7 +47,8 @@ class Solver:
 
     def __call__(self, site: Site) -> None:
         by_grid: dict[Grid, list[str]] = {}
-        for name in site.weights:
+        claims = self.quantize.description.by_weight
+        for name in (name for name in site.weights if claims[name].quantized):  # a router stays in floats
             by_grid.setdefault(self.quantize.grid_of(name), []).append(name)
         for grid, names in by_grid.items():
             weights = {name: site.weights[name].read() for name in names}
