@@ -165,12 +165,12 @@ def test_a_compile_that_ends_with_an_error_says_which(measure: ModuleType, tmp_p
 @pytest.mark.parametrize(
     ("scores", "missed"),
     [
-        ({"w6a6.all.rtn.64": 10.3, "w4a4.all.gptq.64": 30.0, "w4a4.none.gptq.64": 1500.0}, 0),
+        ({"w6a6.all.rtn.64": 10.3, "w4a4.all.gptq.64": 30.0, "w4a4-reference.none.gptq.64": 1500.0}, 0),
         ({"w6a6.all.rtn.64": 10.4, "w6a6.r1r4.rtn.64": 10.2}, 0),
         ({"w6a6.all.rtn.64": 10.4, "w6a6.none.rtn.64": 10.1}, 1),
         ({"w4a4.all.gptq.64": 30.1}, 1),
-        ({"w4a4.all.gptq.64": 20.0, "w4a4.none.gptq.64": 999.0}, 1),
-        ({"w4a4.all.gptq.64": 20.0, "w4a4.none.gptq.64": 1001.0, "w4a4.none.rtn.64": 30.0}, 0),
+        ({"w4a4.all.gptq.64": 20.0, "w4a4-reference.none.gptq.64": 999.0}, 1),
+        ({"w4a4.all.gptq.64": 20.0, "w4a4-reference.none.gptq.64": 1001.0, "w4a4.none.gptq.64": 30.0}, 0),
         ({"w3a16.none.rtn.64": 20.0, "w3a16-eora.none.rtn.64": 20.0}, 1),
         ({"w3a16.none.rtn.64": 20.0, "w3a16-eora.none.rtn.64": 19.9}, 0),
         ({"w4a8.all.rtn.64": 20.0, "w4a8-kv8.all.rtn.64": 20.2}, 1),
