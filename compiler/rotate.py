@@ -140,7 +140,7 @@ class _Run:
         turn_linears(reference, self.basis, roundings(settings, reference.description))
         if settings.gradient_checkpointing:
             _checkpoint(self.model)
-        held = min(HELD_OUT, len(text) // 4)
+        held = min(HELD_OUT, -(-len(text) // 4)) if len(text) > 1 else 0
         self.text = text[: len(text) - held]
         self.held_out = text[-max(held, 1) :]  # of a single window, that one
 
