@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 4
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Linears of one block that read the same value: their weights, and the moments of what they read."""
+    """Linears of one block that read the same value: their weights, and the moments of what they read in the engine."""
 
     block: str
     weights: Mapping[str, Weight]
@@ -95,21 +95,24 @@ def _sites(
         return
     first = {one.value: one for one in reversed(readers)}
     values = tuple(dict.fromkeys(one.value for one in readers))
-    rounds = {value: rounding(first[value].node) for value in values}
-    moments = {value: Moments(first[value].weight.shape[1], rounds[value] is not None) for value in values}
+    rounds = {value: rounding(first[value].node) or _as_it_is for value in values}
+    moments = {value: Moments(first[value].weight.shape[1]) for value in values}
     session = open_part(model, Part(part.name, part.inputs, values), text[0])
     for known in text:
         results = session.run(list(values), {name: known[name] for name in part.inputs})
         for value, x in zip(values, results, strict=True):
-            round_ = rounds[value]
             try:
-                moments[value].add(x, None if round_ is None else round_(x))
+                moments[value].add(rounds[value](x))
             except CheckpointError as error:
                 raise CheckpointError(f"{first[value].name}: {error.message}", hint=error.hint) from error
     del session
     for value in values:
         weights = {one.name: one.weight for one in readers if one.value == value}
         yield Site(part.name, weights, moments.pop(value))
+
+
+def _as_it_is(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    return x
 
 
 def _advance(

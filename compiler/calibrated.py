@@ -159,18 +159,21 @@ def calibration_bytes(imported: Imported, recipe: Recipe) -> int:
     block = 3 * 4 * sum(prod(description.shape(claim)) for claim in layer)
     step = ROWS_AT_ONCE * recipe.calibration_length * 4 * (6 * a.hidden_size + 6 * a.intermediate_size)
     text = 2 * 4 * recipe.calibration_samples * recipe.calibration_length * a.hidden_size
-    kept = 3 if recipe.scheme.activation_bits < 8 else 1
-    moments = 8 * kept * sum(width**2 for width in widths.values())
+    moments = 8 * sum(width**2 for width in widths.values())
     return block + step + text + moments + FACTOR_BYTES * max(widths.values()) ** 2
 
 
 def _deployed(recipe: Recipe, description: Description, result: Findings) -> list[Pass]:
-    """What makes of a float block what the engine computes; static ranges, which are found later, are left out."""
+    """What makes of a float block what the engine computes; static ranges, which are found later, are left out.
+
+    Only where the kernel rounds activations is its own form needed: many tokens run faster in any other.
+    """
     target = onnx if recipe.target == "onnx" else tensorrt
+    by_kernel = recipe.target == "onnx" and recipe.scheme.activation_bits == 8
     static = recipe.target != "onnx" and tensorrt.has_static_activations(recipe)
     return [
         *grids(recipe, description, result),
-        *target.packing(recipe, description),
+        *(target.packing(recipe, description) if by_kernel else []),
         *target.by_blocks(),
         *([] if static else target.activations(recipe)),
     ]

@@ -58,7 +58,7 @@ class Solver:
                 raise CheckpointError(f"{names[0]}: {error.message}", hint=error.hint) from error
 
     def _solve(self, weights: Mapping[str, Array], moments: Moments, grid: Grid) -> None:
-        read = moments.rounded.astype(np.float32)
+        read = moments.second.astype(np.float32)
         rounded = self._rounded(weights, moments, grid)
         for name, w in weights.items():
             codes = self._compensated(name, w, rounded[name], moments, grid)
@@ -70,10 +70,10 @@ class Solver:
         w = np.concatenate(list(weights.values()))
         keep = None
         if self.recipe.sparsity == "2:4":
-            keep = two_of_four(w, np.sqrt(np.diagonal(moments.plain)) if self.recipe.prune == "wanda" else None)
+            keep = two_of_four(w, np.sqrt(np.diagonal(moments.second)) if self.recipe.prune == "wanda" else None)
         if self.recipe.method == "gptq":
             width = w.shape[1]
-            order = Order.of(moments.rounded, width if grid.group_size == -1 else grid.block(width))
+            order = Order.of(moments.second, width if grid.group_size == -1 else grid.block(width))
             found = gptq(w, order, grid, keep)
         else:
             found = quantize(w if keep is None else np.where(keep, w, 0), grid)
@@ -109,7 +109,7 @@ class Solver:
         dense = codes.dequantize().astype(np.float64)
         if self.recipe.compensate == "loftq":
             return w - dense, np.eye(w.shape[1])
-        return w - dense, moments.rounded
+        return w - dense, moments.second
 
     def _fit(self, name: str, w: Array, codes: Quantized, grid: Grid, read: NDArray[np.float32]) -> Fit:
         plain = w.astype(np.float32)

@@ -56,7 +56,7 @@ def _start(target: Target, moments: Moments, grid: Grid | NormalFloat, settings:
     w = _weight(target)
     rounded = quantize_levels(w, grid) if isinstance(grid, NormalFloat) else quantize(w, grid)
     try:
-        delta = eora(w - rounded.dequantize(), moments.plain, settings.rank)
+        delta = eora(w - rounded.dequantize(), moments.second, settings.rank)
     except CheckpointError as error:
         raise CheckpointError(f"{target.path}: {error.message}", hint=error.hint) from error
     return Delta(delta.a, delta.b / settings.scale, settings.scale)
