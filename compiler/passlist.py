@@ -41,7 +41,6 @@ def passes_of(
         *target.packing(recipe, description, measure),
         *([] if merge is None else merge.after_packing()),
         *target.lowering(recipe),
-        *target.cache(recipe),
         *target.activations(recipe),
     ]
 

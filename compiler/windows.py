@@ -91,7 +91,6 @@ def _band(model: ir.Model, mask: ir.Value, window: int) -> ir.Value:
     else:
         lowest = initializer(model, "rqc.window.lowest", np.asarray(np.finfo(np.float32).min, np.float32))
         out = op("Where", near, mask, lowest)
-    out.type = mask.type
     producer = mask.producer()
     assert producer is not None
     insert_after(producer, nodes)

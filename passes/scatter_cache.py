@@ -31,7 +31,7 @@ class ScatterCache(Pass):
                 raise TargetError(f"{node.name}: an Attention without a cache of its own", hint="use --target onnx")
             window = node.metadata_props.get(WINDOW, "")
             if first is None:
-                first = _first_position(model, node)
+                first = first_position(model, node)
             if window not in masks:
                 masks[window] = _mask(model, node, window)
             _split(model, node, masks[window], first)
@@ -43,7 +43,8 @@ def _ints(model: ir.Model, name: str, values: list[int] | int) -> ir.Value:
     return initializer(model, f"rqc.cache.{name}", np.asarray(values, np.int64))
 
 
-def _positions(model: ir.Model) -> ir.Value:
+def positions(model: ir.Model) -> ir.Value:
+    """The input position_ids [batch, tokens]. Raises TargetError for a graph without it."""
     found = next((value for value in model.graph.inputs if value.name == "position_ids"), None)
     if found is None:
         raise TargetError(
@@ -52,17 +53,17 @@ def _positions(model: ir.Model) -> ir.Value:
     return found
 
 
-def _first_position(model: ir.Model, anchor: ir.Node) -> ir.Value:
+def first_position(model: ir.Model, anchor: ir.Node) -> ir.Value:
     """The position of each row's first new token, int64 [batch]: where its slots are written."""
     build = Builder(anchor, "rqc/cache/first")
-    return build.op("Gather", _positions(model), _ints(model, "0", 0), axis=1, dtype=ir.DataType.INT64)
+    return build.op("Gather", positions(model), _ints(model, "0", 0), axis=1, dtype=ir.DataType.INT64)
 
 
 def _mask(model: ir.Model, anchor: ir.Node, window: str) -> ir.Value:
     """0 where a query sees a slot, the lowest float elsewhere: [batch, 1, sequence, capacity]."""
     build = Builder(anchor, f"rqc/cache/mask{window}")
     int64, boolean = ir.DataType.INT64, ir.DataType.BOOL
-    position = build.op("Unsqueeze", _positions(model), _ints(model, "axes", [1, 3]), dtype=int64)
+    position = build.op("Unsqueeze", positions(model), _ints(model, "axes", [1, 3]), dtype=int64)
     shape = build.op("Shape", anchor.inputs[4], start=2, end=3, dtype=int64)
     capacity = build.op("Squeeze", shape, dtype=int64)
     slots = build.op("Range", _ints(model, "0", 0), capacity, _ints(model, "1", 1), dtype=int64)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_ir as ir
 
 from rqc.models.token_grid import TINY
+from rqc.passes.attention import WINDOW
 from rqc.passes.base import Pass, constant, initializer, sizes
 from rqc.passes.build import Builder
 from rqc.passes.cache_ranges import KEY_MEAN, means
+from rqc.passes.scatter_cache import CAPACITY, first_position, positions
 
 ROLE = "rqc.cache"
 """Mark on the nodes that read what enters the attention of a layer (query, key, value), and on the one that writes what
@@ -31,7 +35,8 @@ class TokenCache(Pass):
     and it is never added. A score with a softcap is not free of it: there m = 0.
 
     A layer's keys and values, in that order along the heads, are one cache of codes (4 bits: the first half of a group
-    in the low nibbles, the second in the high ones), one of scales and one of zero points.
+    in the low nibbles, the second in the high ones), one of scales and one of zero points, of fixed size and updated in
+    place.
     """
 
     exact = False
@@ -47,28 +52,61 @@ class TokenCache(Pass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         nodes = [node for node in model.graph if node.op_type == "Attention" and len(node.inputs) > 5]
-        masks: dict[ir.Value, ir.Value] = {}
-        for node in nodes:
-            _Lowering(model, node, self.bits, masks).run()
+        if nodes:
+            windows = dict.fromkeys(node.metadata_props.get(WINDOW, "") for node in nodes)
+            slots = _Slots(model, nodes[0], windows)
+            for node in nodes:
+                _Lowering(model, node, self.bits, slots).run()
         return ir.passes.PassResult(model, modified=bool(nodes))
+
+
+class _Slots:
+    """What all layers share: slot j of a row holds position j, so a query at position p sees the slots j ≤ p, and
+    p − j < window; what lies behind a row's length is not seen."""
+
+    def __init__(self, model: ir.Model, anchor: ir.Node, windows: Iterable[str]) -> None:
+        self.model, self.build = model, Builder(anchor, "rqc/cache/slots")
+        self.first = first_position(model, anchor)
+        last = self._op("ReduceMax", positions(model), keepdims=0)
+        self.end = self._op("Add", last, self.int64("one", 1))
+        self.total = self._op("Unsqueeze", self.end, self.int64("start", [0]))
+        self.masks = {window: self._mask(window) for window in windows}
+
+    def _mask(self, window: str) -> ir.Value:
+        """Which slots [batch, 1, tokens, total] the queries see; window "" reaches the whole past."""
+        position = self._op("Unsqueeze", positions(self.model), self.int64("axes", [1, 3]))
+        slots = self._op("Range", self.int64("zero", 0), self.end, self.int64("one", 1))
+        distance, boolean = self._op("Sub", position, slots), ir.DataType.BOOL
+        seen = self.build.op("GreaterOrEqual", distance, self.int64("zero", 0), dtype=boolean)
+        if not window:
+            return seen
+        near = self.build.op("Less", distance, self.int64(f"window{window}", int(window)), dtype=boolean)
+        return self.build.op("And", seen, near, dtype=boolean)
+
+    def int64(self, name: str, value: int | list[int]) -> ir.Value:
+        """A constant that all layers share."""
+        return initializer(self.model, f"rqc.cache.{name}", np.asarray(value, np.int64))
+
+    def _op(self, kind: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        return self.build.op(kind, *inputs, dtype=ir.DataType.INT64, **attributes)
 
 
 class _Lowering:
     """One attention whose cache becomes codes."""
 
-    def __init__(self, model: ir.Model, node: ir.Node, bits: int, masks: dict[ir.Value, ir.Value]) -> None:
+    def __init__(self, model: ir.Model, node: ir.Node, bits: int, slots: _Slots) -> None:
         past = node.inputs[4]
         assert past is not None
-        self.model, self.node, self.bits, self.masks = model, node, bits, masks
+        self.model, self.node, self.bits, self.slots = model, node, bits, slots
         self.layer = (past.name or "").removesuffix(".key")
         self.build = Builder(node, f"{node.name}/cache")
         _, self.heads, _, self.size = sizes(past)
-        self.batch, self.past = (past.shape or [None])[0], (past.shape or [None] * 3)[2]
+        self.batch = (past.shape or [None])[0]
         self.top, self.groups = float(2**bits - 1), groups_of(self.size)
 
     def run(self) -> None:
         node, build = self.node, self.build
-        query, key, value, mask = node.inputs[:4]
+        query, key, value = node.inputs[:3]
         queries = self._apart(query, node.attributes["q_num_heads"].as_int(), "query")
         codes, scales, zeros = self._codes(self._new(key, value))
         kept = [
@@ -80,9 +118,8 @@ class _Lowering:
         options = {
             name: attribute.value for name, attribute in node.attributes.items() if not name.endswith("num_heads")
         }
-        if options.pop("is_causal", 0):
-            mask = self._causal(query, mask, codes=kept[0])
-        y = build.op("Attention", queries, keys, values, mask, is_causal=0, **options)
+        mask = self.slots.masks[node.metadata_props.get(WINDOW, "")]
+        y = build.op("Attention", queries, keys, values, mask, **{**options, "is_causal": 0})
         y = build.op("Transpose", y, perm=[0, 2, 1, 3])
         y = build.op("Reshape", y, constant(self.model, "rqc.flat", [0, 0, -1]))
         self._mark(y, "output")
@@ -134,17 +171,16 @@ class _Lowering:
         )
 
     def _grown(self, what: str, new: ir.Value, width: int) -> ir.Value:
-        """present = past ++ new, an output of the graph."""
-        kind = new.type
-        past = ir.Value(
-            name=f"{self.layer}.{what}", shape=ir.Shape([self.batch, 2 * self.heads, self.past, width]), type=kind
-        )
-        present = self.build.op("Concat", past, new, axis=2, dtype=new.dtype or FLOAT)
-        present.name = f"{self.layer.replace('past_key_values', 'present')}.{what}"
-        present.shape = ir.Shape([self.batch, 2 * self.heads, None, width])
+        """What the cache holds up to the last token, behind `new`: present is past, an input and output of the graph,
+        with it at the rows' positions."""
+        shape = ir.Shape([self.batch, 2 * self.heads, CAPACITY, width])
+        past = ir.Value(name=f"{self.layer}.{what}", shape=shape, type=new.type)
+        present = self.build.op("TensorScatter", past, new, self.slots.first, axis=2, dtype=new.dtype or FLOAT)
+        present.name, present.shape = f"{self.layer.replace('past_key_values', 'present')}.{what}", shape
         self.model.graph.inputs.append(past)
         self.model.graph.outputs.append(present)
-        return present
+        bounds = (self.slots.int64("start", [0]), self.slots.total, self.slots.int64("axis", [2]))
+        return self.build.op("Slice", present, *bounds, dtype=new.dtype or FLOAT)
 
     def _read(self, codes: ir.Value, scales: ir.Value, zeros: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Keys, from their mean, and values [batch, kv heads, total, size] that the cache stands for."""
@@ -162,32 +198,6 @@ class _Lowering:
         """x [batch, heads, tokens, ...] with these last sizes."""
         shape = constant(self.model, f"rqc.cache.last{'x'.join(map(str, last))}", [0, 0, 0, *last])
         return self.build.op("Reshape", x, shape, dtype=x.dtype or FLOAT)
-
-    def _causal(self, query: ir.Value | None, mask: ir.Value | None, codes: ir.Value) -> ir.Value:
-        """The mask of queries that see no later slot: the kernel would count from the first slot, not from the past's
-        end. One for all layers that have the same mask without."""
-        assert mask is not None
-        if mask in self.masks:
-            return self.masks[mask]
-        int64, boolean = ir.DataType.INT64, ir.DataType.BOOL
-
-        def op(kind: str, *inputs: ir.Value | None, dtype: ir.DataType = int64, **attributes: int) -> ir.Value:
-            return self.build.op(kind, *inputs, dtype=dtype, **attributes)
-
-        tokens = op("Squeeze", op("Shape", query, start=1, end=2))
-        total = op("Squeeze", op("Shape", codes, start=2, end=3))
-        first, one, axis = (
-            initializer(self.model, f"rqc.cache.{name}", np.asarray(value, np.int64))
-            for name, value in (("first", 0), ("one", 1), ("rows", [1]))
-        )
-        rows = op("Unsqueeze", op("Range", op("Sub", total, tokens), total, one), axis)
-        seen = op("LessOrEqual", op("Range", first, total, one), rows, dtype=boolean)
-        if mask.dtype == boolean:
-            self.masks[mask] = op("And", mask, seen, dtype=boolean)
-        else:
-            lowest = self._float(float(np.finfo(np.float32).min))
-            self.masks[mask] = op("Where", seen, mask, lowest, dtype=FLOAT)
-        return self.masks[mask]
 
     def _halves(self, x: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
         first = self.build.op("Split", x, dtype=x.dtype or FLOAT, axis=axis, num_outputs=2)

@@ -48,12 +48,13 @@ def by_blocks() -> list[Pass]:
 
 
 def lowering(recipe: Recipe) -> list[Pass]:
-    """Fusions for the runtime; each is exact."""
+    """Fusions for the runtime, each of them exact, and what they leave for the cache's grid."""
     return [
         TransposeInKernel(),
         *([] if recipe.kv_cache == "int4" else [FuseGroupQueryAttention()]),
         SelectPositions(),
         FuseSkipNorm(),
+        *cache(recipe),
         RemoveDeadParts(),
         StampOpset(),
     ]

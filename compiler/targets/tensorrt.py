@@ -47,11 +47,6 @@ def ranges(recipe: Recipe, measure: Measure | None) -> list[Pass]:
     return []
 
 
-def cache(recipe: Recipe) -> list[Pass]:
-    """Caches are floats."""
-    return []
-
-
 def activations(recipe: Recipe) -> list[Pass]:
     """One scale per tensor where integer products want it, per token elsewhere."""
     if has_static_activations(recipe):

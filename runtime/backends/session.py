@@ -17,8 +17,8 @@ _MAX_THREADS = 1024
 # A serialized attribute local_window_size above 0: its name (field 1), then its value (field 3) as a short varint.
 _WINDOW = re.compile(rb"\x0a\x11local_window_size\x18(?!\x00)[\x80-\xff]{0,8}[\x00-\x7f]")
 _EXACT_WINDOWS = (1, 31)
-# The attribute of an attention that keeps its cache as codes.
-_CODED_CACHE, _CODED_CACHES = b"\x0a\x12kv_cache_bit_width", (1, 31)
+# What a graph has that keeps its cache as codes: an attribute of its attentions, or caches of that name.
+_CODED_CACHE, _CODED_CACHES = re.compile(rb"\x0a\x12kv_cache_bit_width|past_key_values\.0\.codes"), (1, 31)
 # The op_type of a node (field 4) that is QuantizeLinear: an activation is rounded to a grid.
 _QUANTIZED_ACTIVATION = b"\x22\x0eQuantizeLinear"
 
@@ -111,11 +111,11 @@ def _refuse_inexact_windows(graph: bytes, version: str) -> None:
 
 
 def _refuse_coded_caches(graph: bytes, version: str) -> None:
-    """Raise TargetError for a cache of codes on an ONNX Runtime whose attention is not known to have one."""
+    """Raise TargetError for a cache of codes on an ONNX Runtime that is not known to have such."""
     installed = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if installed < _CODED_CACHES and _CODED_CACHE in graph:
+    if installed < _CODED_CACHES and _CODED_CACHE.search(graph):
         raise TargetError(
-            f"this engine keeps keys and values in 8 bits, which ONNX Runtime {version} may not do",
+            f"this engine keeps keys and values as codes, which ONNX Runtime {version} may not do",
             hint="install onnxruntime 1.31 or later (Python 3.11 or later), or compile with --kv-cache float",
         )
 

@@ -24,6 +24,7 @@ from rqc.passes.cache_ranges import (
     means,
     ranges,
 )
+from rqc.passes.cleanup import RemoveDeadParts
 from rqc.passes.int8_cache import Int8Cache
 from rqc.passes.token_cache import TokenCache, groups_of
 from rqc.runtime.errors import RqcError
@@ -54,10 +55,11 @@ def attention(op: str, softcap: float = 0.0) -> ir.Model:
     for output, name in zip(node.outputs, ("y", "present.0.key", "present.0.value"), strict=True):
         output.name, output.type = name, ir.TensorType(ir.DataType.FLOAT)
     imports = {"": 24, "com.microsoft": 1}
+    places = value("position_ids", ["batch", "tokens"], ir.DataType.INT64)
     last = ir.node("Identity", [node.outputs[0]], name="y")
     last.outputs[0].name, last.outputs[0].type = "out", ir.TensorType(ir.DataType.FLOAT)
     outputs = [last.outputs[0], *node.outputs[1:]]
-    graph = ir.Graph([*flows, *pasts, *more], outputs, nodes=[node, last], opset_imports=imports)
+    graph = ir.Graph([*flows, *pasts, *more, places], outputs, nodes=[node, last], opset_imports=imports)
     return ir.Model(graph, ir_version=11)
 
 
@@ -99,6 +101,7 @@ def test_the_kernel_keeps_the_codes_of_the_grid(softcap: float) -> None:
     empty = np.zeros((2, KV, 0, SIZE), np.int8)
     given |= {"past_key_values.0.key": empty, "past_key_values.0.value": empty}
     given |= {"seqlens": np.full(2, TOKENS - 1, np.int32), "total": np.asarray(TOKENS, np.int32)}
+    RemoveDeadParts()(model)
     found = run(model, given)
     grids = [StaticCacheGrid(np.float32(ranges(mark) / 127).reshape(KV, 1, SIZE)) for mark in marks]
     for grid, x, kind in zip(grids, (keys, values), ("key", "value"), strict=True):
@@ -119,9 +122,9 @@ def test_steps_keep_the_codes_of_the_grid(bits: int, softcap: float) -> None:
     assert not step(model).modified
     groups = groups_of(SIZE)
     widths = {"codes": (SIZE * bits // 8, np.uint8), "scales": (groups, np.float32), "zeros": (groups, np.uint8)}
-    past = {f"past_key_values.0.{what}": np.zeros((2, 2 * KV, 0, n), t) for what, (n, t) in widths.items()}
-    mask = np.broadcast_to(np.tril(np.ones((TOKENS, TOKENS), bool)), (2, 1, TOKENS, TOKENS))
-    found = run(model, {**given, **past, "mask": mask})
+    past = {f"past_key_values.0.{what}": np.zeros((2, 2 * KV, TOKENS, n), t) for what, (n, t) in widths.items()}
+    RemoveDeadParts()(model)
+    found = run(model, {**given, **past, "position_ids": np.tile(np.arange(TOKENS), (2, 1))})
     centre = np.zeros((KV, 1, SIZE), np.float32) if softcap else mean.reshape(KV, 1, SIZE)
     grids = [TokenCacheGrid(bits, SIZE // groups, centre), TokenCacheGrid(bits, SIZE // groups)]
     packed = found["present.0.codes"].reshape(2, 2 * KV, TOKENS, groups, -1).astype(int)

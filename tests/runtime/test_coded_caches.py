@@ -68,19 +68,16 @@ def test_sizes_are_those_of_the_caches(path: Path) -> None:
     extra = 0 if "kernel" in said else whole // group * 5
     assert graph["cache_bytes"] == token == whole // (2 if path.stem == "int4" else 1) + extra
     found = inspect_engine(path, context=100)
-    times = 2 if graph["cache"] == "concat" else 1
-    assert found.memory()["kv_cache"] == 100 * token * times
-    assert found.memory()["kv_cache_per_1000_tokens"] == 1000 * token * times
+    assert graph["cache"] == "shared"
+    assert found.memory()["kv_cache"] == 100 * token
+    assert found.memory()["kv_cache_per_1000_tokens"] == 1000 * token
     assert found.to_json()["kv_cache"] == path.stem
     assert said in found.to_text()
 
 
-def test_old_runtimes_do_not_compute_codes_of_the_kernel(path: Path) -> None:
+def test_old_runtimes_do_not_compute_with_codes(path: Path) -> None:
     with EngineFile.open(path) as file:
-        graph, in_kernel = file.graph(), "kernel" in file.manifest["kv_cache_grid"]
+        graph = file.graph()
     _refuse_coded_caches(graph, "1.31.1")
-    if in_kernel:
-        with pytest.raises(TargetError, match=r"keeps keys and values in 8 bits, which ONNX Runtime 1\.23\.2 may not"):
-            _refuse_coded_caches(graph, "1.23.2")
-    else:
+    with pytest.raises(TargetError, match=r"keeps keys and values as codes, which ONNX Runtime 1\.23\.2 may not"):
         _refuse_coded_caches(graph, "1.23.2")
