@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rqc.compiler.calibrate import perplexity
-from rqc.compiler.calibrated import calibrated
+from rqc.compiler.calibrated import calibrated, calibrates
 from rqc.compiler.calibration_text import calibration_ids
 from rqc.compiler.clips import searched_clips
 from rqc.compiler.importer import Imported, import_model
@@ -59,7 +59,7 @@ def choose(
         progress.line(f"{open_}: {rotations[0]}, nothing is quantized")
         return _choice(recipe, rotations[0], "rtn", None)
     methods = ("rtn", "gptq") if recipe.method == "auto" else (recipe.method,)
-    fitted = SAMPLES if "gptq" in methods else 0
+    fitted = SAMPLES if "gptq" in methods or calibrates(recipe) else 0
     ids = calibration_ids(recipe, imported, TOKENS, behind=fitted) if measure else None
     obstacle = _obstacle(recipe, imported, measure, ids)
     if ids is None or obstacle:
