@@ -236,8 +236,7 @@ class Recipe:
         known = option_names()
         parsed: dict[str, Any] = {}
         for key, value in values.items():
-            name = key.replace("-", "_")
-            name = "rotation_file" if name == "rotation" else name
+            name = _field(key)
             if name not in known:
                 raise InputError(f"unknown option {key!r} of a compile", hint=near_miss(name, known))
             if name in parsed:
@@ -254,7 +253,7 @@ class Recipe:
     @classmethod
     def layered(cls, path: Path | None, flags: Mapping[str, Any]) -> Recipe:
         """Flags (None: not given) over the recipe file (None: no file) over the defaults."""
-        given = {name: value for name, value in flags.items() if value is not None}
+        given = {_field(name): value for name, value in flags.items() if value is not None}
         if path is None:
             return cls.from_values(given)
         values = _read_toml(path)
@@ -262,12 +261,18 @@ class Recipe:
             cls.from_values(values)  # the file's own mistakes, even where a flag would hide them
         except RqcError as error:
             raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
-        return cls.from_values({**{key.replace("-", "_"): value for key, value in values.items()}, **given})
+        return cls.from_values({**{_field(key): value for key, value in values.items()}, **given})
 
 
 def option_names() -> list[str]:
     """The names of all options: the fields of a recipe but what is derived."""
     return [field.name for field in fields(Recipe) if field.name not in DERIVED]
+
+
+def _field(option: str) -> str:
+    """The field that holds an option, by its name in flags, files or keyword arguments."""
+    name = option.replace("-", "_")
+    return "rotation_file" if name == "rotation" else name
 
 
 def parse_size(text: str) -> int:
@@ -344,8 +349,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(
             f"the recipe {path} is not valid TOML: {error}", hint='lines such as scheme = "w4a16"'
         ) from error
-    if isinstance(values.get("calibration"), str):
-        values["calibration"] = str(path.parent / values["calibration"])
+    for name in ("calibration", "rotation"):
+        if isinstance(values.get(name), str):
+            values[name] = str(path.parent / values[name])
     if "adapter" in values:
         values["adapter"] = _sources_in(path, values["adapter"])
     return values
