@@ -304,7 +304,8 @@ def _rotation_text(rotation: Mapping[str, Any] | None) -> str:
     if not rotation or not rotation.get("sites"):
         return "none"
     sites, basis = ",".join(rotation["sites"]), str(rotation.get("basis"))[:16]
-    learned = "".join(f"{site} learned, " for site in sorted(rotation.get("learned") or {}))
+    learned = " and ".join(sorted(rotation.get("learned") or {}))
+    learned += " learned, " * bool(learned)
     return f"{sites}, {learned}{rotation.get('hadamard')} Hadamard, seed {rotation.get('seed')}, basis {basis}"
 
 
