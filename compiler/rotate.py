@@ -116,6 +116,8 @@ def rotate(
     training = {"run": identity, "losses": losses, "held_out": held_out}
     file = RotationFile(rotation, fingerprint, training)
     place.finish(file)
+    if held_out[1] >= held_out[0]:
+        told.line("no better than the start on text that was held out: a lower --lr, a larger --batch-size, more steps")
     return _report(place.output, file, reference.description, time.perf_counter() - started)
 
 
