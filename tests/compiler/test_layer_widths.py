@@ -14,20 +14,16 @@ from tiny import TinyModel, give_voice
 from tiny_adapters import W4, basis_of, checked, random_deltas, save_peft
 
 from rqc.compiler.api import compile_engine
-from rqc.compiler.calibrate import perplexity, run_parts
-from rqc.compiler.calibration_text import calibration_ids
+from rqc.compiler.calibrate import run_parts
 from rqc.compiler.importer import import_model
-from rqc.compiler.layer_widths import TOKENS, Budget, with_widths
+from rqc.compiler.layer_widths import with_widths
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.reports import compile_text
 from rqc.compiler.sensitivity import sensitivities, units_of
-from rqc.compiler.text import parity_text, read_tokenizer
 from rqc.compiler.verify import verify_engine
 from rqc.models.adapter import write_adapter
 from rqc.models.grid import Grid
-from rqc.passes.pack import PackBlocks
 from rqc.passes.quantize import QuantizeLinears
-from rqc.passes.transpose import TransposeInKernel
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError, ResourceError, RqcError, SchemeError
 from rqc.runtime.inspection import inspect_engine
@@ -273,40 +269,3 @@ def test_a_budget_needs_a_tokenizer(tiny_model: TinyModel, tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"no tokenizer\.json") as caught:
         compile_engine(tiny_model("llama16"), tmp_path / "e.plan", scheme="w4a16", rotate="none", bits_budget=3)
     assert "[[layers]]" in caught.value.hint
-
-
-@pytest.mark.real
-def test_on_a_real_model_the_choice_beats_half_of_the_layers_and_chance(smollm2: Path) -> None:
-    """Three bits on average, rounded to nearest in groups of 64; perplexity on 1,024 tokens of the text of verify."""
-    imported = import_model(smollm2)
-    recipe = Recipe.from_values({"scheme": "w4a16", "rotate": "none", "group_size": 64, "bits_budget": 3})
-    budget = Budget.of(recipe, imported.description, {})
-    ids = calibration_ids(recipe, imported, TOKENS)
-    assert ids is not None
-    chosen = budget.chosen(sensitivities(imported.model, budget.units, grid_of, (2, 4, 8), ids))
-    half = {name: 4 if unit.layer < 15 else 2 for unit in budget.units for name in unit.weights}
-    scores = [score(smollm2, widths) for widths in (chosen, half, by_chance(budget, 0), by_chance(budget, 1))]
-    assert scores[0] < 0.5 * min(scores[1:]), scores
-
-
-def grid_of(bits: int) -> Grid:
-    return Grid(bits, 64, True, "mse")
-
-
-def by_chance(budget: Budget, seed: int) -> dict[str, int]:
-    """Units of 4 bits in a random order while the budget lasts, the others of 2."""
-    left, widths = budget.bits - sum(2 * unit.size for unit in budget.units), {}
-    for place in np.random.Generator(np.random.PCG64(seed)).permutation(len(budget.units)):
-        unit = budget.units[place]
-        bits = 4 if 2 * unit.size <= left else 2
-        left -= (bits - 2) * unit.size
-        widths |= dict.fromkeys(unit.weights, bits)
-    return widths
-
-
-def score(directory: Path, widths: Mapping[str, int]) -> float:
-    imported, tokenizer = import_model(directory), read_tokenizer(directory)
-    assert tokenizer is not None
-    for step in (QuantizeLinears(imported.description, grid_of(4), widths), PackBlocks(), TransposeInKernel()):
-        step(imported.model)
-    return perplexity(imported.model, np.asarray([tokenizer.encode(parity_text()).ids[:1024]], np.int64))
