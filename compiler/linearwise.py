@@ -5,14 +5,15 @@ Hadamards, activation functions, the grid) is cut out of its graph and fed with 
 the inputs that it makes of them must lie on the same codes. Then each linear runs alone, on the reference's codes.
 
 Side paths (an adapter's, or the correction of a grid's zero points) that read x as it is are part of what lies between
-the linears. Through those that read the rounded x an error would travel: they are part of their linear.
+the linears. Through those that read the rounded x, or round it by themselves, an error would travel: they are part of
+their linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as Names
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from rqc.compiler.belonging import relative
+from rqc.compiler.branchwise import branch_error, rounding_branches
 from rqc.compiler.cachewise import CacheParity, SeenAttention, as_entering, judged
 from rqc.compiler.probe import feed
 from rqc.compiler.rounding import Rounding
@@ -65,10 +67,16 @@ def compare_linears(
     """Every quantized linear of the engine, and every attention with a rounded cache, against a reference with the
     engine's weights and rounded activations."""
     linears = [linear for label, linear in stored.linears.items() if linear.quantized and label != EMBEDDING]
-    ends = {linear.label: _ends(linear, rounding) for linear in linears}
+    ends = {linear.label: _ends(stored, linear, rounding) for linear in linears}
     joined = [name for linear in linears if ends[linear.label] == [linear.joined] for name in linear.names]
     names = [name for linear in linears for name in linear.names]
-    with recording(reference, names, wrapped=joined) as record, watching_attention(reference.model) as watched:
+    rounding_beside = {linear.label: linear.names for linear in linears if rounding_branches(stored, linear)}
+    bare = [name for names in rounding_beside.values() for name in names]
+    with (
+        recording(reference, names, wrapped=joined) as record,
+        recording(reference, bare) as alone,
+        watching_attention(reference.model) as watched,
+    ):
         logits = reference.logits(ids)
     seen_by = {cache.layer: SeenAttention.of(watched[cache.layer]) for cache in caches}
     given = _given(linears, ends, record) | {cache.output: seen_by[cache.layer].output[None] for cache in caches}
@@ -77,20 +85,43 @@ def compare_linears(
     grids = rounding.grids(stored)
     checks = []
     for linear in linears:
-        seen = _Seen(record.inputs[linear.names[0]], _output(record, linear), found[_name(linear.input)])
+        x = record.inputs[_widest(linear, reference, joined)]
+        seen = _Seen(x, _output(record, linear), found[_name(linear.input)])
         session = _session(stored, [_name(linear.input)], [_name(value) for value in ends[linear.label]], threads)
-        checks.append(_linear(linear.label, session, seen, grids.get(linear.label), rounding.by_kernel))
+        check = _linear(linear.label, session, seen, grids.get(linear.label), rounding.by_kernel)
+        if linear.label in rounding_beside:
+            check = replace(check, error=_products(stored, linear, seen.x, alone, threads))
+        checks.append(check)
     scores = found.get("logits")
     if scores is not None:
         checks.append(LinearParity("logits", scores.size, 1.0, 0, relative(scores, logits), 0.0))
     return checks, [_attention(stored, cache, seen_by[cache.layer], found, ids, threads) for cache in caches]
 
 
-def _ends(linear: StoredLinear, rounding: Rounding) -> list[ir.Value]:
-    """Values whose sum is what a linear writes: with what runs beside it, if that reads the rounded x too and the sum
-    is a value of the graph."""
-    joined = linear.joined
-    return linear.outputs if rounding.alone or joined is None or not _comes_of(joined, linear.input) else [joined]
+def _products(stored: StoredGraph, linear: StoredLinear, x: F32, alone: Recording, threads: int) -> float:
+    """The error of a linear and of the branches beside it, each product by itself on equal codes."""
+
+    def run(source: ir.Value, target: ir.Value, values: F32) -> NDArray[np.generic]:
+        session = _session(stored, [_name(source)], [_name(target)], threads)
+        return _alone(session, values.astype(_type(source)))
+
+    session = _session(stored, [_name(linear.input)], [_name(value) for value in linear.outputs], threads)
+    found = _alone(session, alone.inputs[linear.names[0]].astype(_type(linear.input)))
+    return max(relative(found, _output(alone, linear)), branch_error(stored, linear, x, run))
+
+
+def _ends(stored: StoredGraph, linear: StoredLinear, rounding: Rounding) -> list[ir.Value]:
+    """Values whose sum is what a linear writes: with what runs beside it, if that reads the rounded x too, or rounds it
+    by itself, and the sum is a value of the graph."""
+    joined, apart = linear.joined, rounding.alone and not rounding_branches(stored, linear)
+    return linear.outputs if apart or joined is None or not _comes_of(joined, linear.input) else [joined]
+
+
+def _widest(linear: StoredLinear, reference: Reference, joined: Sequence[str]) -> str:
+    """The part whose recorded x all of a linear reads: what wraps one sees x before the linear in it rounds it."""
+    wrapped = (name for name in linear.names if name in joined)
+    parts = ((name, reference.parts[name]) for name in wrapped)
+    return next((name for name, part in parts if part.module is not part.linear), linear.names[0])
 
 
 def _comes_of(value: ir.Value, source: ir.Value) -> bool:

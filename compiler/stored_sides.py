@@ -4,7 +4,7 @@ own."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -77,23 +77,30 @@ def read_sides(stored: StoredGraph, rows: Mapping[str, int]) -> dict[str, Stored
         names = node.metadata_props.get(BRANCH_B) or node.metadata_props.get(OFFSET)
         if not names:
             continue
-        factor = _factor(stored, node)
-        down = _down(stored, node) if BRANCH_B in node.metadata_props else None
+        branch = branch_of(stored, node) if BRANCH_B in node.metadata_props else None
+        factor = _factor(stored, node) if branch is None else branch.b
         start = 0
         for name in names.split("+"):
             part = factor[start : start + rows.get(name, 0)]
             start += len(part)
             known = sides.get(name, StoredSide())
-            if down is None:
+            if branch is None:
                 sides[name] = StoredSide(known.branches, (*known.corrections, part))
             else:
-                branch = StoredBranch(down[0], part, _blocks(down[1], node))
-                sides[name] = StoredSide((*known.branches, branch), known.corrections)
+                own = replace(branch, b=part)
+                sides[name] = StoredSide((*known.branches, own), known.corrections)
         if start != len(factor):
             raise EngineFormatError(
                 f"{stored.file.path}: {node.name} has {len(factor)} outputs, its linears have {start}", hint=HINT
             )
     return sides
+
+
+def branch_of(stored: StoredGraph, node: ir.Node) -> StoredBranch:
+    """The branch that a second product ends, of all linears that it is for. Raises EngineFormatError if it is half of
+    one."""
+    a, down = _down(stored, node)
+    return StoredBranch(a, _factor(stored, node), _blocks(down, node))
 
 
 def _factor(stored: StoredGraph, node: ir.Node) -> Stored:
@@ -104,11 +111,15 @@ def _factor(stored: StoredGraph, node: ir.Node) -> Stored:
     return StoredPlane(node, bits, block, stored.array).quantized().dequantize()
 
 
+def kernel_rounds(node: ir.Node) -> bool:
+    """Whether a product's kernel rounds what it reads to int8."""
+    level = node.attributes.get("accuracy_level")
+    return level is not None and level.as_int() == ACCURACY_INT8
+
+
 def _blocks(*nodes: ir.Node) -> tuple[int, int] | None:
     """The blocks in which both kernels of a branch round what they read to int8; None where they don't."""
-    if any("accuracy_level" not in node.attributes for node in nodes):
-        return None
-    if any(node.attributes["accuracy_level"].as_int() != ACCURACY_INT8 for node in nodes):
+    if not all(kernel_rounds(node) for node in nodes):
         return None
     first, second = (node.attributes["block_size"].as_int() for node in nodes)
     return first, second
