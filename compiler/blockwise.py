@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.calibrate import Array, Part, inputs_of, open_part, partition
+from rqc.compiler.calibrate import Array, Part, inputs_of, open_part, partition, run_part
 from rqc.models.moments import Moments
 from rqc.models.weights import Weight
 from rqc.passes.base import Pass, linears, weight_of
@@ -57,7 +57,9 @@ def calibrate(
         for site in _sites(model, observed, here, text, rounding):
             solve(site)
         passes = deployed([one.name for one in here])
-        _advance(model, part, passes, text, {name for later in plain[index + 1 :] for name in later.inputs})
+        needed = {name for later in plain[index + 1 :] for name in later.inputs}
+        for _ in run_part(model, part, text, needed, passes):
+            pass
         told(index, blocks)
 
 
@@ -113,15 +115,3 @@ def _sites(
 
 def _as_it_is(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return x
-
-
-def _advance(
-    model: ir.Model, part: Part, passes: Sequence[Pass], text: Sequence[dict[str, Array]], needed: set[str]
-) -> None:
-    """Run a block as the engine will compute it; `text` then holds what later blocks read."""
-    session = open_part(model, part, text[0], passes)
-    for known in text:
-        made = session.run(list(part.outputs), {name: known[name] for name in part.inputs})
-        known.update(zip(part.outputs, made, strict=True))
-        for name in known.keys() - needed:
-            del known[name]

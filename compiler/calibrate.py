@@ -121,6 +121,27 @@ def run_parts(
             yield part, {"logits": logits}
 
 
+def run_part(
+    model: ir.Model,
+    part: Part,
+    text: Sequence[dict[str, Array]],
+    needed: Collection[str],
+    passes: Sequence[Pass] = (),
+) -> Iterator[dict[str, Array]]:
+    """Run one part over pieces of text, `passes` applied to it; yields what it makes of each, in order.
+
+    text: what is known of each piece, by name; of that and of what is made here, what is `needed` stays in it.
+    """
+    session = open_part(model, part, text[0], passes)
+    for known in text:
+        results = session.run(list(part.outputs), {name: known[name] for name in part.inputs})
+        made: dict[str, Array] = dict(zip(part.outputs, results, strict=True))
+        known.update({name: value for name, value in made.items() if name in needed})
+        for name in known.keys() - needed:
+            del known[name]
+        yield made
+
+
 def inputs_of(model: ir.Model, token_ids: NDArray[np.int64]) -> dict[str, Array]:
     """What a graph is fed with for whole sequences [batch, sequence] with an empty past."""
     return {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.calibrate import run_parts
+from rqc.compiler.calibrate import inputs_of, partition, run_part
 from rqc.compiler.calibration_text import calibration_ids
 from rqc.compiler.importer import Imported
 from rqc.compiler.instruments import Progress
@@ -22,7 +23,7 @@ CACHE_TOKENS = 16384
 """Tokens that ranges and means of a cache are taken from. SmolLM2's int8 cache, perplexity over a float one's: 1.0015
 with those of 8,192, 1.0010 with those of 16,384."""
 ROWS_AT_ONCE = 4
-"""Windows of text in memory at a time: every input of a block's linears is, for all of their tokens."""
+"""Windows of text whose inputs of a block's linears are in memory at a time; of all others, the block's own input."""
 
 
 def ranges_on_text(recipe: Recipe, imported: Imported, progress: Progress) -> Measure:
@@ -42,7 +43,7 @@ def ranges_on_text(recipe: Recipe, imported: Imported, progress: Progress) -> Me
             progress.line(
                 f"calibration: the text holds {len(ids)} windows of {ids.shape[1]} tokens, {asked} were asked for"
             )
-        return measured(model, names, ids, kind, lambda done: progress.advance("ranges", done, len(ids)))
+        return measured(model, names, ids, kind, lambda done, total: progress.advance("ranges", done, total))
 
     return measure
 
@@ -66,7 +67,8 @@ def _static(recipe: Recipe) -> tuple[str, tuple[str, str]]:
 
 def _check_memory(recipe: Recipe, imported: Imported) -> None:
     """Raise ResourceError, before a weight is read, where measuring does not fit under --max-memory."""
-    needed = resident_bytes() + block_bytes(imported, recipe, ROWS_AT_ONCE * recipe.calibration_length)
+    text = 2 * 4 * _windows(recipe) * recipe.calibration_length * imported.description.architecture.hidden_size
+    needed = resident_bytes() + block_bytes(imported, recipe, ROWS_AT_ONCE * recipe.calibration_length) + text
     if recipe.max_memory is not None and needed > recipe.max_memory:
         raise ResourceError(
             f"measuring the ranges of activations takes about {needed / 2**30:.2f} GiB, "
@@ -85,22 +87,22 @@ def measured(
     names: Sequence[str],
     ids: NDArray[np.int64],
     kind: Statistic = "largest",
-    told: Callable[[int], None] = lambda _: None,
+    told: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, F32]:
     """max |x|, or the mean of x, in each channel of the named values over token ids [windows, length]; what none of
     them needs is not run. Raises CheckpointError if one is not finite."""
-    found = {name: np.zeros(1) for name in names}
-    for start in range(0, len(ids), ROWS_AT_ONCE):
-        rows, missing = ids[start : start + ROWS_AT_ONCE], set(names)
-        for _, values in run_parts(model, rows, watched=names):
-            for name in missing & values.keys():
+    parts, found = partition(model, names), {name: np.zeros(1) for name in names}
+    last = max(index for index, part in enumerate(parts) if set(names) & set(part.outputs))
+    text = [inputs_of(model, ids[start : start + ROWS_AT_ONCE]) for start in range(0, len(ids), ROWS_AT_ONCE)]
+    for index, part in enumerate(parts[: last + 1]):
+        needed = {name for later in parts[index + 1 : last + 1] for name in later.inputs}
+        wanted = tuple(name for name in part.outputs if name in needed or name in found)
+        for values in run_part(model, replace(part, outputs=wanted), text, needed):
+            for name in found.keys() & values.keys():
                 x = np.asarray(values[name], np.float64).reshape(-1, values[name].shape[-1])
                 found[name] = found[name] + x.sum(0) if kind == "mean" else np.maximum(found[name], np.abs(x).max(0))
                 if not np.isfinite(found[name]).all():
                     raise CheckpointError(f"{name} is not finite on the calibration text", hint="repair the checkpoint")
-            missing -= values.keys()
-            if not missing:
-                break
-        told(start + len(rows))
+        told(index + 1, last + 1)
     tokens = ids.size if kind == "mean" else 1
     return {name: (total / tokens).astype(np.float32) for name, total in found.items()}
