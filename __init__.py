@@ -25,8 +25,8 @@ _HOMES = {
     "export": ("rqc.compiler.export_gptq", "export_gptq"),
     "finetune": ("rqc.compiler.finetune.run", "finetune"),
     "load": ("rqc.runtime.engine", "Engine.load"),
-    "rotate": ("rqc.compiler.rotate", "rotate"),
-    "verify": ("rqc.compiler.verify", "verify_engine"),
+    "rotate": ("rqc.compiler.rotate.run", "rotate"),
+    "verify": ("rqc.compiler.verify.engine", "verify_engine"),
 }
 
 

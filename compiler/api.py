@@ -46,7 +46,7 @@ def compile_engine(
     )
     if not verify or engine is None:
         return report
-    from rqc.compiler.verify import verify_engine  # torch: seconds to import, and only here
+    from rqc.compiler.verify.engine import verify_engine  # torch: seconds to import, and only here
 
     if progress is not None:
         progress.line("verifying against PyTorch")

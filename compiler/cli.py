@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from rqc.compiler.cli_build import build
-from rqc.compiler.cli_export import export
-from rqc.compiler.cli_finetune import finetune
-from rqc.compiler.cli_rotate import rotate
+from rqc.compiler.commands.build import build
+from rqc.compiler.commands.export import export
+from rqc.compiler.commands.finetune import finetune
+from rqc.compiler.commands.rotate import rotate
 from rqc.compiler.console import guarded, open_standard_streams, result_on_stdout, stream
 from rqc.runtime import doctor as doctors
 from rqc.runtime.errors import InputError, ParityError
@@ -229,7 +229,7 @@ def verify(
     gates = dict(_gate(limit) for limit in gate or [])
     doctors.require_compile()
     from rqc.compiler.reports import failed_gates, parity_text
-    from rqc.compiler.verify import verify_engine
+    from rqc.compiler.verify.engine import verify_engine
 
     with result_on_stdout() as emit:
         report = verify_engine(

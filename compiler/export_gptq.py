@@ -19,12 +19,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from rqc.compiler.adapters import open_adapter
+from rqc.compiler.adapters.reading import open_adapter
+from rqc.compiler.adapters.survival import check_survival, fold_survival
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, Progress, Silent
 from rqc.compiler.passlist import frame
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.survival import check_survival, fold_survival
 from rqc.compiler.tokenizer_files import TOKENIZER_FILES
 from rqc.models.algebra import folded_norms
 from rqc.models.checkpoint import read_config

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rqc.compiler.findings import Findings
-from rqc.compiler.merge import Merge
+from rqc.compiler.adapters.merge import Merge
+from rqc.compiler.calibration.findings import Findings
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.targets import onnx, tensorrt
 from rqc.compiler.widths import table_grid_of, table_widths

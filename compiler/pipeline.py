@@ -11,19 +11,19 @@ from typing import Any
 import onnx_ir as ir
 
 from rqc.compiler import manifest as manifests
-from rqc.compiler.adapters import open_adapter, survival_of
-from rqc.compiler.calibrated import calibrated, with_method
-from rqc.compiler.clips import searched_clips
-from rqc.compiler.compensation import check_beside, expected, said_of
-from rqc.compiler.findings import Findings
-from rqc.compiler.frames import Choice, choose
+from rqc.compiler.adapters.merge import Merge
+from rqc.compiler.adapters.reading import open_adapter, survival_of
+from rqc.compiler.calibration.calibrated import calibrated, with_method
+from rqc.compiler.calibration.clips import searched_clips
+from rqc.compiler.calibration.compensation import check_beside, expected, said_of
+from rqc.compiler.calibration.findings import Findings
+from rqc.compiler.calibration.frames import Choice, choose
+from rqc.compiler.calibration.layer_widths import measured_widths, with_widths
+from rqc.compiler.calibration.ranges import ranges_on_text, unmeasured
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
-from rqc.compiler.layer_widths import measured_widths, with_widths
-from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.plan import write_engine
-from rqc.compiler.ranges import ranges_on_text, unmeasured
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import Estimate, check_memory, estimate
 from rqc.compiler.targets.guards import check_graph

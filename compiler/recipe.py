@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from rqc.compiler.adapter_sources import AdapterSource, parse_sources
+from rqc.compiler.adapters.sources import AdapterSource, parse_sources
 from rqc.compiler.compensation_options import check_compensation
 from rqc.compiler.layer_rules import LayerRule, check_budget, parse_rules
 from rqc.compiler.option_values import NUMBER, PATH, file_values, near_miss, one_of, site_names, typed

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from rqc.compiler.gates import measure
+from rqc.compiler.verify.gates import measure
 from rqc.runtime.inspection import size_text
 
 LINEARS = 5

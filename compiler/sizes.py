@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from rqc.compiler.adapters.survival import measuring_bytes
 from rqc.compiler.importer import Imported
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.survival import measuring_bytes
 from rqc.models.description import Claim
 from rqc.models.quantized import LazyQuantized
 from rqc.models.weights import Weight

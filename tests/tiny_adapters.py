@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
-from rqc.compiler.verify import ParityReport, verify_engine
+from rqc.compiler.verify.engine import ParityReport, verify_engine
 from rqc.models.adapter_basis import AdapterBasis
 from rqc.models.algebra import dimensions
 from rqc.models.delta import Delta

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rqc.compiler.merge import Merge
+from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.recipe import Recipe
 from rqc.models.description import Architecture
 from rqc.models.grid import STORAGE_BITS

@@ -13,12 +13,12 @@ from tiny import TinyModel, give_voice
 from tiny_adapters import save_peft
 
 from rqc.compiler.api import compile_engine
-from rqc.compiler.blockwise import Site, calibrate
-from rqc.compiler.calibrated import calibration_bytes
-from rqc.compiler.findings import CodeStore
+from rqc.compiler.calibration.blockwise import Site, calibrate
+from rqc.compiler.calibration.calibrated import calibration_bytes
+from rqc.compiler.calibration.findings import CodeStore
 from rqc.compiler.importer import import_model
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.verify import verify_engine
+from rqc.compiler.verify.engine import verify_engine
 from rqc.models.fake_quant import ActivationGrid, quantize_inputs, recording
 from rqc.models.grid import Grid, fake_quantize_activations, quantize
 from rqc.models.reference import Reference

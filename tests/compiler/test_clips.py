@@ -13,10 +13,10 @@ from tiny import TinyModel
 from tiny_adapters import Lines, save_peft, talking
 
 from rqc.compiler.api import compile_engine
-from rqc.compiler.clips import RATIOS, best_ratios, output_errors, searched_clips, sites_of
+from rqc.compiler.calibration.clips import RATIOS, best_ratios, output_errors, searched_clips, sites_of
 from rqc.compiler.importer import import_model
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.verify import ParityReport, verify_engine
+from rqc.compiler.verify.engine import ParityReport, verify_engine
 from rqc.models.rotation import Rotation
 from rqc.models.token_grid import TokenGrid
 from rqc.passes import activations
@@ -218,7 +218,7 @@ def test_what_cannot_be_searched_says_why(tiny_model: TinyModel, tmp_path: Path)
 
 def test_blocks_by_themselves_are_rounded_by_their_marks(tiny_model: TinyModel) -> None:
     """A layer cut out of a graph, as calibration runs it."""
-    from rqc.compiler.calibrate import partition
+    from rqc.compiler.calibration.blocks import partition
     from rqc.compiler.passlist import grids
     from rqc.compiler.targets import onnx
 

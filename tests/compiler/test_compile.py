@@ -15,7 +15,7 @@ import pytest
 from tiny import TinyModel, give_voice
 
 from rqc.compiler.api import compile_engine
-from rqc.compiler.calibrate import partition, perplexity
+from rqc.compiler.calibration.blocks import partition, perplexity
 from rqc.compiler.importer import import_model
 from rqc.compiler.probe import run_session, run_stage
 from rqc.models.checkpoint import Checkpoint

@@ -7,8 +7,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from rqc.compiler import knapsack
-from rqc.compiler.knapsack import Item, choose_widths
+from rqc.compiler.calibration import knapsack
+from rqc.compiler.calibration.knapsack import Item, choose_widths
 
 WIDTHS = (2, 4, 8)
 

@@ -14,13 +14,13 @@ from tiny import TinyModel, give_voice
 from tiny_adapters import W4, basis_of, checked, random_deltas, save_peft
 
 from rqc.compiler.api import compile_engine
-from rqc.compiler.calibrate import run_parts
+from rqc.compiler.calibration.blocks import run_parts
+from rqc.compiler.calibration.layer_widths import with_widths
+from rqc.compiler.calibration.sensitivity import sensitivities, units_of
 from rqc.compiler.importer import import_model
-from rqc.compiler.layer_widths import with_widths
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.reports import compile_text
-from rqc.compiler.sensitivity import sensitivities, units_of
-from rqc.compiler.verify import verify_engine
+from rqc.compiler.verify.engine import verify_engine
 from rqc.models.adapter import write_adapter
 from rqc.models.grid import Grid
 from rqc.passes.quantize import QuantizeLinears

@@ -12,7 +12,7 @@ from tiny import TinyModel, give_voice
 
 import rqc
 from rqc.compiler.cli import main
-from rqc.compiler.rotate_settings import RotateSettings
+from rqc.compiler.rotate.settings import RotateSettings
 from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
 from rqc.models.rotation_file import RotationFile

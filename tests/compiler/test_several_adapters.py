@@ -26,7 +26,7 @@ from tiny_adapters import (
 )
 from transformers import AutoModelForCausalLM
 
-from rqc.compiler.adapter_sources import AdapterSource, parse_sources
+from rqc.compiler.adapters.sources import AdapterSource, parse_sources
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
 from rqc.compiler.importer import import_model

@@ -16,7 +16,7 @@ from tiny_adapters import IDS, W4, Lines, basis_of, mean_kl, peft_logits, random
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
-from rqc.compiler.stored import StoredGraph
+from rqc.compiler.verify.stored import StoredGraph
 from rqc.models.adapter import write_adapter
 from rqc.passes.base import BRANCH_A
 from rqc.passes.switches import SwitchBranches

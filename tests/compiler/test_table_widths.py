@@ -9,7 +9,7 @@ import pytest
 from tiny import TinyModel
 
 from rqc.compiler.api import compile_engine
-from rqc.compiler.verify import verify_engine
+from rqc.compiler.verify.engine import verify_engine
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import SchemeError
 

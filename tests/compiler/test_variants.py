@@ -18,7 +18,7 @@ from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
 from rqc.compiler.probe import drift
 from rqc.compiler.variants import EXCEPTIONS, HONOURED, NEUTRAL
-from rqc.compiler.verify import verify_engine
+from rqc.compiler.verify.engine import verify_engine
 from rqc.passes.attention import FuseGroupQueryAttention
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import InputError, UnsupportedModelError

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
-from rqc.compiler.verify import verify_engine
+from rqc.compiler.verify.engine import verify_engine
 from rqc.models.checkpoint import Checkpoint, model_directory, read_config
 from rqc.models.gguf_source import GgufTensor, read_gguf
 from rqc.models.torch_model import load_torch_model

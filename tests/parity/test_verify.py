@@ -16,7 +16,7 @@ from tiny import MODELS, TinyModel
 from rqc.compiler import manifest as manifests
 from rqc.compiler.pipeline import compile_model
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.verify import ParityReport, verify_engine
+from rqc.compiler.verify.engine import ParityReport, verify_engine
 from rqc.models import quantized as lazy_quantized
 from rqc.models.packing import Quantized
 from rqc.passes.accumulation import Int8Accumulation

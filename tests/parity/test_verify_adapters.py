@@ -14,12 +14,12 @@ import pytest
 from tiny import TinyModel
 from tiny_adapters import basis_of, checked, failed, random_deltas, save_peft, verified
 
-from rqc.compiler import merge as merges
 from rqc.compiler import pipeline
+from rqc.compiler.adapters import merge as merges
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
 from rqc.compiler.importer import import_model
-from rqc.compiler.verify import ParityReport
+from rqc.compiler.verify.engine import ParityReport
 from rqc.models import quantized as lazy_quantized
 from rqc.models.adapter import Adapter, write_adapter
 from rqc.models.adapter_names import torch_names

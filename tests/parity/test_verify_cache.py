@@ -12,9 +12,9 @@ import pytest
 from tiny import TinyModel, give_voice
 from tiny_adapters import save_peft
 
-from rqc.compiler import stored_caches
 from rqc.compiler.api import compile_engine
-from rqc.compiler.verify import ParityReport, verify_engine
+from rqc.compiler.verify import stored_caches
+from rqc.compiler.verify.engine import ParityReport, verify_engine
 from rqc.passes import int8_cache, token_cache
 from rqc.passes.attention import FuseGroupQueryAttention
 from rqc.runtime.errors import EngineFormatError

@@ -11,10 +11,11 @@ import pytest
 from tiny import TinyModel, give_voice
 from tiny_adapters import save_peft
 
-from rqc.compiler import solver, stored_sides
 from rqc.compiler.api import compile_engine
-from rqc.compiler.findings import Findings
-from rqc.compiler.verify import ParityReport, verify_engine
+from rqc.compiler.calibration import solver
+from rqc.compiler.calibration.findings import Findings
+from rqc.compiler.verify import stored_sides
+from rqc.compiler.verify.engine import ParityReport, verify_engine
 from rqc.models.delta import Delta
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError, SchemeError

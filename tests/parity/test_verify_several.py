@@ -13,10 +13,10 @@ import pytest
 from tiny import TinyModel
 from tiny_adapters import basis_of, checked, failed, random_deltas, save_peft, talking, verified
 
-from rqc.compiler import merge as merges
+from rqc.compiler.adapters import merge as merges
 from rqc.compiler.api import compile_engine
 from rqc.compiler.cli import main
-from rqc.compiler.verify import _Verification
+from rqc.compiler.verify.engine import _Verification
 from rqc.models.adapter import write_adapter
 from rqc.models.grid import Grid
 from rqc.passes import switches

@@ -15,7 +15,7 @@ from tiny_adapters import basis_of, failed, random_deltas, save_peft, talking, v
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
-from rqc.compiler.verify import ParityReport
+from rqc.compiler.verify.engine import ParityReport
 from rqc.models.adapter import write_adapter
 from rqc.models.adapter_names import torch_names
 from rqc.models.grid import Grid

@@ -16,11 +16,11 @@ from tiny import TinyModel
 from tiny_adapters import Lines, talking
 from transformers import AutoModelForCausalLM
 
-from rqc.compiler.calibration_text import calibration_ids
+from rqc.compiler.calibration.calibration_text import calibration_ids
+from rqc.compiler.calibration.ranges import measured, ranges_on_text
 from rqc.compiler.importer import import_model
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.probe import drift
-from rqc.compiler.ranges import measured, ranges_on_text
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.targets import guards
 from rqc.compiler.targets.settle import settled

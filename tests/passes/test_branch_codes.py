@@ -11,7 +11,7 @@ import pytest
 from side_path_models import dense_deltas, logits, updated_logits
 from tiny import TinyModel
 
-from rqc.compiler.findings import Findings
+from rqc.compiler.calibration.findings import Findings
 from rqc.compiler.importer import import_model
 from rqc.compiler.manifest import layers
 from rqc.compiler.passlist import passes_of

@@ -15,8 +15,8 @@ from scatter_runs import Cached, exact_steps, on_grid, session, valid_sites
 from tiny import MODELS, TinyModel
 from tiny_adapters import W4, Lines, basis_of, random_deltas, save_peft
 
-from rqc.compiler.adapters import open_adapter
-from rqc.compiler.calibrate import run_parts
+from rqc.compiler.adapters.reading import open_adapter
+from rqc.compiler.calibration.blocks import run_parts
 from rqc.compiler.importer import import_model
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.probe import drift, run_stage

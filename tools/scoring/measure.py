@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rqc.compiler.parity import Ids, cut, perplexity
 from rqc.compiler.text import read_text, read_tokenizer
+from rqc.compiler.verify.parity import Ids, cut, perplexity
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import InputError, RqcError
@@ -185,7 +185,7 @@ def _objective(engine: Path) -> dict[str, float]:
 
 
 def _compare(row: Row, place: Place) -> Measured:
-    from rqc.compiler.verify import verify_engine
+    from rqc.compiler.verify.engine import verify_engine
 
     with _compiled(row, place) as (engine, _):
         ids = [int(token) for part in place.windows for token in part]

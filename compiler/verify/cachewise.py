@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rqc.compiler.belonging import relative
-from rqc.compiler.stored import StoredGraph
-from rqc.compiler.stored_caches import StoredCache
+from rqc.compiler.verify.belonging import relative
+from rqc.compiler.verify.stored import StoredGraph
+from rqc.compiler.verify.stored_caches import StoredCache
 from rqc.models.cache_grid import CacheErrors
 
 F32 = NDArray[np.float32]

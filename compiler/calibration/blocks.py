@@ -13,8 +13,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from rqc.compiler.parity import Perplexity, log_softmax
 from rqc.compiler.probe import feed, save_stage
+from rqc.compiler.verify.parity import Perplexity, log_softmax
 from rqc.passes.base import Pass
 
 LAYER = re.compile(r"layers\.(\d+)\b")

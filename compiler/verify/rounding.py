@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from rqc.compiler.stored import HINT, StoredGraph, StoredLinear
+from rqc.compiler.verify.stored import HINT, StoredGraph, StoredLinear
 from rqc.models.description import EMBEDDING, HEAD
 from rqc.models.fake_quant import ActivationGrid, GraphGrid, InputGrid, StaticGrid, quantize_inputs
 from rqc.models.reference import Reference

@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.calibrate import run_parts
-from rqc.compiler.calibration_text import calibration_ids
+from rqc.compiler.adapters.merge import Merge
+from rqc.compiler.calibration.blocks import run_parts
+from rqc.compiler.calibration.calibration_text import calibration_ids
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
-from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import frame
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import resident_bytes

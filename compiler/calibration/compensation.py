@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rqc.compiler.adapters.merge import FOLD, Merge
+from rqc.compiler.calibration.findings import Findings
 from rqc.compiler.compensation_options import DEFAULT_RANK
-from rqc.compiler.findings import Findings
-from rqc.compiler.merge import FOLD, Merge
 from rqc.compiler.recipe import Recipe
 from rqc.models.delta import Delta
 from rqc.models.description import Description

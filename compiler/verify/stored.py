@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.stored_codes import BLOCK_OPS, StoredPlane, dequantize_of, padding_of
+from rqc.compiler.verify.stored_codes import BLOCK_OPS, StoredPlane, dequantize_of, padding_of
 from rqc.models.description import EMBEDDING
 from rqc.models.packing import U8, Quantized
 from rqc.passes.base import JOIN, LINEAR

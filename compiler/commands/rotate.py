@@ -65,8 +65,8 @@ def rotate(
     """Learn R1 and R2 for what an engine rounds; compile --rotation FILE takes them."""
     doctors.require_compile()
     from rqc.compiler.progress import Steps
-    from rqc.compiler.rotate import rotate as learn
-    from rqc.compiler.rotate_settings import RotateSettings
+    from rqc.compiler.rotate.run import rotate as learn
+    from rqc.compiler.rotate.settings import RotateSettings
 
     options = {name: value for name, value in context.params.items() if name in RotateSettings.__dataclass_fields__}
     with result_on_stdout() as emit, Steps() as progress:

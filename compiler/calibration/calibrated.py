@@ -10,17 +10,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.blockwise import ROWS_AT_ONCE, Round, calibrate
-from rqc.compiler.calibration_text import calibration_ids
-from rqc.compiler.compensation import budgeted_ranks
-from rqc.compiler.findings import Findings
+from rqc.compiler.adapters.merge import Merge
+from rqc.compiler.calibration.blockwise import ROWS_AT_ONCE, Round, calibrate
+from rqc.compiler.calibration.calibration_text import calibration_ids
+from rqc.compiler.calibration.compensation import budgeted_ranks
+from rqc.compiler.calibration.findings import Findings
+from rqc.compiler.calibration.solver import Solver
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
-from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import resident_bytes
-from rqc.compiler.solver import Solver
 from rqc.compiler.targets import onnx, tensorrt
 from rqc.compiler.targets.grids import token_grid
 from rqc.models.description import Description

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from rqc.compiler.adapter_bases import bound
-from rqc.compiler.adapter_sources import AdapterSource
-from rqc.compiler.peft_wrappers import attach, delta_of, install, merge_in, one_delta, wraps
+from rqc.compiler.adapters.bases import bound
+from rqc.compiler.adapters.peft_wrappers import attach, delta_of, install, merge_in, one_delta, wraps
+from rqc.compiler.adapters.sources import AdapterSource
 from rqc.models.adapter import Adapter, write_adapter
 from rqc.models.adapter_frames import to_frame, to_plain
 from rqc.models.adapter_names import torch_names

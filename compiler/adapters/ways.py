@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from rqc.compiler.merge import BRANCH, FOLD, ZERO_POINT, AdapterPart, Merge
+from rqc.compiler.adapters.merge import BRANCH, FOLD, ZERO_POINT, AdapterPart, Merge
 from rqc.compiler.recipe import Recipe
 from rqc.models.adapter_frames import frame_folds
 from rqc.models.algebra import RotateOut

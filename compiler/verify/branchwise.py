@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.belonging import relative
-from rqc.compiler.stored import StoredGraph, StoredLinear
-from rqc.compiler.stored_sides import StoredBranch, branch_of, kernel_rounds
+from rqc.compiler.verify.belonging import relative
+from rqc.compiler.verify.stored import StoredGraph, StoredLinear
+from rqc.compiler.verify.stored_sides import StoredBranch, branch_of, kernel_rounds
 from rqc.models.grid import fake_quantize_activations
 from rqc.passes.base import BRANCH_B
 

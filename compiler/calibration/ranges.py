@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.calibrate import inputs_of, partition, run_part
-from rqc.compiler.calibration_text import calibration_ids
+from rqc.compiler.calibration.blocks import inputs_of, partition, run_part
+from rqc.compiler.calibration.calibration_text import calibration_ids
 from rqc.compiler.importer import Imported
 from rqc.compiler.instruments import Progress
 from rqc.compiler.recipe import Recipe

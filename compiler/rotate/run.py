@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rqc.compiler.instruments import Progress, Silent
-from rqc.compiler.rotate_settings import RotateSettings
-from rqc.compiler.rotate_state import Place, State
+from rqc.compiler.rotate.settings import RotateSettings
+from rqc.compiler.rotate.state import Place, State
 from rqc.compiler.text import calibration_text, read_text, read_tokenizer, windows
 from rqc.models.algebra import check_sites, dimensions
 from rqc.models.cayley import CayleySGD

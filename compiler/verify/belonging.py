@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rqc.compiler.precision import PRECISIONS, Precision
-from rqc.compiler.stored import StoredGraph, StoredLinear
-from rqc.compiler.stored_sides import StoredSide
+from rqc.compiler.verify.precision import PRECISIONS, Precision
+from rqc.compiler.verify.stored import StoredGraph, StoredLinear
+from rqc.compiler.verify.stored_sides import StoredSide
 from rqc.models.delta import Delta, magnitude_ratio, row_norms
 from rqc.models.grid import Grid, quantize
 from rqc.models.packing import Quantized, by_block

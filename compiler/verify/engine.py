@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-from rqc.compiler.adapted import Adapted, check_presence
-from rqc.compiler.adapter_bases import short
-from rqc.compiler.adapter_sources import RESERVED, AdapterOption, AdapterSource, parse_sources
-from rqc.compiler.belonging import Belonging, Beside, adopt_weights
-from rqc.compiler.cachewise import cache_gates, worst_cache
-from rqc.compiler.gates import FAITHFUL_KL, Gate, Terms, check_limits, judge
-from rqc.compiler.linearwise import compare_linears, linear_gates, worst
-from rqc.compiler.merge import FOLD
-from rqc.compiler.parity import Divergence, Ids, Logits, compare, cut, perplexity
-from rqc.compiler.rounding import Rounding
+from rqc.compiler.adapters.bases import short
+from rqc.compiler.adapters.merge import FOLD
+from rqc.compiler.adapters.sources import RESERVED, AdapterOption, AdapterSource, parse_sources
 from rqc.compiler.scheme import Scheme
-from rqc.compiler.side_modules import compute_as_stored, wrap_sides
-from rqc.compiler.stored import StoredGraph
-from rqc.compiler.stored_caches import read_caches
-from rqc.compiler.stored_sides import StoredSide, read_sides
 from rqc.compiler.text import parity_text, read_text
+from rqc.compiler.verify.adapted import Adapted, check_presence
+from rqc.compiler.verify.belonging import Belonging, Beside, adopt_weights
+from rqc.compiler.verify.cachewise import cache_gates, worst_cache
+from rqc.compiler.verify.gates import FAITHFUL_KL, Gate, Terms, check_limits, judge
+from rqc.compiler.verify.linearwise import compare_linears, linear_gates, worst
+from rqc.compiler.verify.parity import Divergence, Ids, Logits, compare, cut, perplexity
+from rqc.compiler.verify.rounding import Rounding
+from rqc.compiler.verify.side_modules import compute_as_stored, wrap_sides
+from rqc.compiler.verify.stored import StoredGraph
+from rqc.compiler.verify.stored_caches import read_caches
+from rqc.compiler.verify.stored_sides import StoredSide, read_sides
 from rqc.models.algebra import dimensions
 from rqc.models.cache_grid import quantize_cache
 from rqc.models.checkpoint import Checkpoint

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rqc.compiler.precision import PRECISIONS, Precision
 from rqc.compiler.scheme import Scheme
+from rqc.compiler.verify.precision import PRECISIONS, Precision
 from rqc.runtime.errors import InputError
 
 FAITHFUL_KL = PRECISIONS["fp32"].kl

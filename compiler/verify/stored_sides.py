@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.stored import HINT, StoredGraph
-from rqc.compiler.stored_codes import StoredPlane
+from rqc.compiler.verify.stored import HINT, StoredGraph
+from rqc.compiler.verify.stored_codes import StoredPlane
 from rqc.passes.accumulation import ACCURACY_INT8
 from rqc.passes.base import BRANCH_A, BRANCH_B, GATE, OFFSET
 from rqc.runtime.errors import EngineFormatError

@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from rqc.compiler.adapter_bases import bound, check_together, in_basis, leading, on_grid, short
+from rqc.compiler.adapters.bases import bound, check_together, in_basis, leading, on_grid, short
+from rqc.compiler.adapters.merge import AdapterPart, Merge
+from rqc.compiler.adapters.survival import beside_survival, check_survival, fold_survival
+from rqc.compiler.adapters.ways import way, ways_text
 from rqc.compiler.importer import Imported
 from rqc.compiler.instruments import Progress
-from rqc.compiler.merge import AdapterPart, Merge
-from rqc.compiler.merge_ways import way, ways_text
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.survival import beside_survival, check_survival, fold_survival
 from rqc.models.adapter import Adapter
 from rqc.models.adapter_frames import to_plain
 from rqc.models.algebra import Read, dimensions

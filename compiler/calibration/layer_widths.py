@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rqc.compiler.calibration_text import calibration_ids
+from rqc.compiler.adapters.merge import Merge
+from rqc.compiler.calibration.calibration_text import calibration_ids
+from rqc.compiler.calibration.knapsack import Item, choose_widths
+from rqc.compiler.calibration.sensitivity import Errors, Unit, sensitivities, units_of
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
-from rqc.compiler.knapsack import Item, choose_widths
 from rqc.compiler.layer_rules import widths_by_rule
-from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import frame
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.sensitivity import Errors, Unit, sensitivities, units_of
 from rqc.compiler.sizes import resident_bytes
 from rqc.compiler.targets.layer_bits import budget_widths, check_budget_range, check_layer_bits
 from rqc.models.description import Description

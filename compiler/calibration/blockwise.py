@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.calibrate import Array, Part, inputs_of, open_part, partition, run_part
+from rqc.compiler.calibration.blocks import Array, Part, inputs_of, open_part, partition, run_part
 from rqc.models.moments import Moments
 from rqc.models.weights import Weight
 from rqc.passes.base import Pass, linears, weight_of

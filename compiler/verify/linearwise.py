@@ -21,13 +21,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from rqc.compiler.belonging import relative
-from rqc.compiler.branchwise import branch_error, rounding_branches
-from rqc.compiler.cachewise import CacheParity, SeenAttention, as_entering, judged
 from rqc.compiler.probe import feed
-from rqc.compiler.rounding import Rounding
-from rqc.compiler.stored import StoredGraph, StoredLinear
-from rqc.compiler.stored_caches import StoredCache
+from rqc.compiler.verify.belonging import relative
+from rqc.compiler.verify.branchwise import branch_error, rounding_branches
+from rqc.compiler.verify.cachewise import CacheParity, SeenAttention, as_entering, judged
+from rqc.compiler.verify.rounding import Rounding
+from rqc.compiler.verify.stored import StoredGraph, StoredLinear
+from rqc.compiler.verify.stored_caches import StoredCache
 from rqc.models.description import EMBEDDING
 from rqc.models.fake_quant import InputGrid, Recording, recording
 from rqc.models.online import watching_attention

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.stored import HINT, StoredGraph
+from rqc.compiler.verify.stored import HINT, StoredGraph
 from rqc.models.cache_grid import CacheGrid, StaticCacheGrid, TokenCacheGrid
 from rqc.passes.base import sizes
 from rqc.passes.int8_cache import PAST, SCALES

@@ -10,9 +10,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from rqc.compiler.blockwise import Site
-from rqc.compiler.compensation import rank_of
-from rqc.compiler.findings import Findings, Fit
+from rqc.compiler.calibration.blockwise import Site
+from rqc.compiler.calibration.compensation import rank_of
+from rqc.compiler.calibration.findings import Findings, Fit
 from rqc.compiler.recipe import Recipe
 from rqc.models.eora import eora, spectrum
 from rqc.models.factors import costs_nothing

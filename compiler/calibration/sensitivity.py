@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from rqc.compiler.calibrate import Array, Part, inputs_of, open_part, partition
+from rqc.compiler.calibration.blocks import Array, Part, inputs_of, open_part, partition
 from rqc.models.description import Claim, Description
 from rqc.models.families import FFN, HEADS
 from rqc.models.grid import Grid, quantize

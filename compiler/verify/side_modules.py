@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rqc.compiler.stored import StoredGraph
-from rqc.compiler.stored_sides import StoredBranch, StoredSide
+from rqc.compiler.verify.stored import StoredGraph
+from rqc.compiler.verify.stored_sides import StoredBranch, StoredSide
 from rqc.models.fake_quant import ActivationGrid
 from rqc.models.reference import Part, Reference
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rqc.compiler.calibrate import perplexity
-from rqc.compiler.calibrated import calibrated, calibrates
-from rqc.compiler.calibration_text import calibration_ids
-from rqc.compiler.clips import searched_clips
+from rqc.compiler.adapters.merge import Merge
+from rqc.compiler.calibration.blocks import perplexity
+from rqc.compiler.calibration.calibrated import calibrated, calibrates
+from rqc.compiler.calibration.calibration_text import calibration_ids
+from rqc.compiler.calibration.clips import searched_clips
+from rqc.compiler.calibration.ranges import ranges_on_text
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress, Silent
-from rqc.compiler.merge import Merge
 from rqc.compiler.passlist import frame, grids
-from rqc.compiler.ranges import ranges_on_text
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import block_bytes, resident_bytes
 from rqc.compiler.targets import onnx, tensorrt

@@ -1,0 +1,1 @@
+"""An engine compared with PyTorch: what is stored, what is computed, by which limits."""
