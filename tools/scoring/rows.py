@@ -69,12 +69,12 @@ def _rows(kinds: str, rotations: str, methods: str, groups: tuple[int, ...]) -> 
 
 ROWS = (
     *_rows("w6a6 w4a4 w4a4-kv4", "all r1r4 none learned", "gptq rtn", (64, PER_CHANNEL)),
-    *_rows("w4a4-reference", "r1r4 none", "gptq rtn", (64, PER_CHANNEL)),
+    *_rows("w4a4-reference", "all none", "gptq rtn", (64,)),
     *_rows("w4a16 w4a8 w3a16 w2.5a16", "none all", "gptq rtn", (64,)),
     *_rows("w2a16-eora", "none all", "gptq rtn", (32,)),
     *_rows("w2a16", "none", "gptq rtn", (32,)),
-    *_rows("w3a16-eora w4a16-2of4 w4a16-2of4-eora", "none", "gptq rtn", (64,)),
-    *_rows("w4a8-kv8 w4a8-kv4", "none all", "rtn", (64,)),
+    *_rows("w3a16-eora w4a16-2of4 w4a16-2of4-eora", "none", "gptq", (64,)),
+    *_rows("w4a8-kv8 w4a8-kv4", "all", "rtn", (64,)),
 )
 """The table, the rows first that decide most."""
 FAITHFUL = tuple(_rows("w8a8 w6a6 w4a8 w4a4 w4a4-kv4", "all", "rtn", (64,)))
