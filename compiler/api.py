@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rqc.compiler.calibration.device import on_device
 from rqc.compiler.instruments import Progress
 from rqc.compiler.pipeline import CompileReport, compile_model
 from rqc.compiler.recipe import Recipe
@@ -41,9 +42,10 @@ def compile_engine(
     if dry_run and (verify_each or dump_ir is not None):
         raise InputError("a dry run reads no weights, and --verify-each and --dump-ir need them", hint="leave one out")
     dump = None if dump_ir is None else Path(dump_ir)
-    report = compile_model(
-        model_dir, engine, recipe=made, verify_each=verify_each, dump_ir=dump, dry_run=dry_run, progress=progress
-    )
+    with on_device(made.device):
+        report = compile_model(
+            model_dir, engine, recipe=made, verify_each=verify_each, dump_ir=dump, dry_run=dry_run, progress=progress
+        )
     if not verify or engine is None:
         return report
     from rqc.compiler.verify.engine import verify_engine  # torch: seconds to import, and only here

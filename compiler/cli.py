@@ -158,6 +158,7 @@ def compile_(
     calibration: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Windows of text.  [default: 64]")] = None,
     calibration_length: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 512]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda: what calibration runs on.  [default: cpu]")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Floats of a TensorRT target: fp16 bf16 fp32.  [default: fp16]")
     ] = None,

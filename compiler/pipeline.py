@@ -37,8 +37,8 @@ from rqc.runtime.errors import InputError
 from rqc.runtime.plans import with_plans
 from rqc.runtime.replace_file import folder_beside
 
-HERE = ("adapter", "rotation")
-"""Options that are paths of this host; engines know what was there by its hash."""
+HERE = ("adapter", "rotation", "device")
+"""Options that are of this host: paths, of which engines know what was there by its hash, and its GPU."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -16,6 +17,7 @@ class Steps:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._tenths = 0
+        self._began = (0.0, 0)
 
     def __enter__(self) -> Steps:
         return self
@@ -37,8 +39,18 @@ class Steps:
             return
         tenths = 10 * done // max(total, 1)
         if tenths > self._tenths:
-            self.line(f"{label} {10 * tenths}%")
+            self.line(f"{label} {10 * tenths}%{self._left(done, total)}")
         self._tenths = tenths if done < total else 0
+        if not 0 < self._began[1] <= done < total:
+            self._began = (time.monotonic(), done if done < total else 0)
+
+    def _left(self, done: int, total: int) -> str:
+        """About how long the rest of a step takes, by what was done since the first that was heard of it."""
+        began, first = self._began
+        if not 0 < first < done < total:
+            return ""
+        seconds = (time.monotonic() - began) / (done - first) * (total - done)
+        return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
 
     def _draw(self, label: str, done: int, total: int) -> None:
         if self._bar is None:

@@ -32,6 +32,7 @@ KV_CACHES = ("float", "int8", "int4")
 METHODS = ("rtn", "gptq", "auto")
 CLIPS = ("none", "mse")
 TIED = ("keep", "untie")
+DEVICES = ("cpu", "cuda")
 DERIVED = ("given", "positive", "widths", "clips")
 """Fields that are no options."""
 TEXTS = (
@@ -46,6 +47,7 @@ TEXTS = (
     "tied",
     "merge",
     "dtype",
+    "device",
 )
 """Options that are a word."""
 MERGES = ("auto", "fold", "zero-point", "branch")
@@ -61,7 +63,8 @@ class Recipe:
     tensor. rotate: "auto", or the rotated sites (none of them: no rotation). rotation_file, by the name of "rotation":
     what `rqc rotate` has learned, with the sites, seed and kind that it says of the others. embedding_bits, head_bits:
     16 and 32 are floats; None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text
-    that ships; calibration_samples windows of calibration_length tokens are read from it. adapter: PEFT directories,
+    that ships; calibration_samples windows of calibration_length tokens are read from it. device: where the blocks are
+    run that are measured. adapter: PEFT directories,
     whose sum is merged as `merge` says, or which stay beside the weights to be switched at run time if they have names;
     a compile fails where less than min_survival is left in a linear. layers: rules that give linears other widths than
     the scheme's, the last that matches counts; bits_budget: the mean of the bits of all linears of the blocks, which
@@ -97,6 +100,7 @@ class Recipe:
     calibration: Path | None = None
     calibration_samples: int = 64
     calibration_length: int = 512
+    device: str = "cpu"
     adapter: tuple[AdapterSource, ...] = ()
     merge: str = "auto"
     min_survival: float = 0.5
@@ -118,6 +122,7 @@ class Recipe:
         one_of("tied", self.tied, TIED, SchemeError)
         one_of("hadamard", self.hadamard, KINDS, RotationError)
         one_of("merge", self.merge, MERGES, SchemeError)
+        one_of("device", self.device, DEVICES, InputError)
         if self.dtype is not None:
             one_of("dtype", self.dtype, DTYPES, SchemeError)
         self._check_activations()

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from rqc.compiler.calibration.device import open_session
 from rqc.compiler.probe import feed, save_stage
 from rqc.compiler.verify.parity import Perplexity, log_softmax
 from rqc.passes.base import Pass
@@ -172,7 +173,7 @@ def open_part(
     with tempfile.TemporaryDirectory(prefix="rqc-block-") as folder:
         path = Path(folder) / "block.onnx"
         save_stage(block, path)
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return open_session(str(path), options)
 
 
 def perplexity(model: ir.Model, token_ids: NDArray[np.int64], *, threads: int = 0) -> float:

@@ -158,15 +158,13 @@ class _Run:
             self.progress.line(f"going on after step {state.step} of {settings.steps}")
             state = state.on(self.device)
         descent = CayleySGD(list(state.matrices.values()), list(state.moments.values()), settings.momentum)
-        first, started = state.step, time.perf_counter()
         while state.step < settings.steps:
             self._hold(state)
             loss, gradients = self._gradients(state.step)
             rate = settings.lr * (1 + math.cos(math.pi * state.step / settings.steps)) / 2
             descent.step(gradients, rate)
             state.losses.append(loss)
-            left = (time.perf_counter() - started) / (state.step - first) * (settings.steps - state.step)
-            label = f"step {state.step} of {settings.steps}, loss {loss:.3f}, {_minutes(left)} left,"
+            label = f"step {state.step} of {settings.steps}, loss {loss:.3f},"
             self.progress.advance(label, state.step, settings.steps)
             if state.step % settings.save_steps == 0 and state.step < settings.steps:
                 save(state)
@@ -272,7 +270,3 @@ def _checkpoint(model: Any) -> None:
             module.attention_dropout = 0.0
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -91,7 +91,7 @@ def _adopt(
         wanted = reference.parts[name].weight.numpy()
         rows = slice(first, first + len(wanted))
         first = rows.stop
-        weight = whole[rows] if isinstance(whole, np.ndarray) else _rows(whole, rows)
+        weight = whole[rows] if isinstance(whole, np.ndarray) else whole.rows(rows)
         adopted = _Adopted(name, wanted, weight, beside)
         found += adopted.judge()
         reference.set_weight(name, adopted.base())
@@ -214,17 +214,6 @@ class _Adopted:
         # the sum is rounded once, and may be much larger than the offset in it
         allowed = limit * (1 + float(np.linalg.norm(wanted)) / norm)
         return Belonging(name, float(np.linalg.norm(found - wanted)) / norm, allowed)
-
-
-def _rows(quantized: Quantized, rows: slice) -> Quantized:
-    zeros = quantized.zero_points
-    return replace(
-        quantized,
-        codes=quantized.codes[rows],
-        scales=quantized.scales[rows],
-        zero_points=None if zeros is None else zeros[rows],
-        padding=None,
-    )
 
 
 def relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:

@@ -28,18 +28,16 @@ from rqc.compiler.verify.rounding import Rounding
 from rqc.compiler.verify.side_modules import compute_as_stored, wrap_sides
 from rqc.compiler.verify.stored import StoredGraph
 from rqc.compiler.verify.stored_caches import read_caches
+from rqc.compiler.verify.stored_frame import stored_frame
 from rqc.compiler.verify.stored_sides import StoredSide, read_sides
-from rqc.models.algebra import dimensions
 from rqc.models.cache_grid import quantize_cache
 from rqc.models.checkpoint import Checkpoint
 from rqc.models.delta import Delta
-from rqc.models.learned import Learned
 from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
-from rqc.models.rotation_file import ROTATION_FILE, RotationFile
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine import Engine
-from rqc.runtime.errors import BasisMismatchError, InputError, TargetError
+from rqc.runtime.errors import InputError, TargetError
 
 PROBE_TOKENS = 256
 """Tokens on which linears are compared one by one."""
@@ -190,7 +188,7 @@ class _Verification:
         return self.terms.rounds or self._compensated
 
     def run(self, asked: int) -> ParityReport:
-        rotation, tied = self._frame()
+        rotation, tied = stored_frame(self.file, self.reference.description)
         if self.file.manifest["target"] != "onnx":
             self.notes.append(_told(self.engine.backend, self.scheme))
         used = sum(len(ids) for ids in self.windows)
@@ -240,26 +238,6 @@ class _Verification:
     def _scores(self, ids: Ids) -> Iterator[Logits]:
         """The engine's logits for one window, in pieces."""
         return self.engine.iter_logits(ids.tolist(), adapter=self.chosen)
-
-    def _frame(self) -> tuple[Rotation, bool]:
-        """The engine's rotation and whether its tables are one. Raises BasisMismatchError if its basis is not what it
-        says."""
-        recorded = self.file.manifest["rotation"]
-        rotation = Rotation.from_json(recorded, self._learned())
-        description = self.reference.description
-        basis = rotation.basis(dimensions(description)) if rotation.sites else None
-        if basis != recorded["basis"]:
-            raise BasisMismatchError(
-                f"{self.file.path} has basis {short(recorded['basis'])}, {rotation} of this model is {short(basis)}",
-                hint="compile the engine again with this version of rqc",
-            )
-        return rotation, description.architecture.tied and self.file.manifest["tied"] != "untie"
-
-    def _learned(self) -> Learned | None:
-        """The matrices in the engine, if it has some."""
-        if not self.file.has(ROTATION_FILE):
-            return None
-        return RotationFile.of_bytes(self.file.read(ROTATION_FILE), Path(ROTATION_FILE)).rotation.learned
 
     def _adopt(self, stored: StoredGraph, rotation: Rotation, tied: bool) -> None:
         """Bring the reference into the engine's frame and let it compute with the engine's weights, which are judged.
