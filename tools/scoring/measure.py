@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -202,13 +203,11 @@ def _compare(row: Row, place: Place) -> Measured:
 @contextmanager
 def _compiled(row: Row, place: Place) -> Iterator[tuple[Path, Measured]]:
     """A row's engine, which is there for as long as it is looked at, and what the compile said."""
-    engine = place.work / "engines" / f"{row.name}.plan"
-    engine.parent.mkdir(parents=True, exist_ok=True)
     shared = ("--calibration", place.calibration, *CALIBRATION)
-    try:
+    place.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="engine-", dir=place.work) as folder:  # its own: others may want this row
+        engine = Path(folder) / f"{row.name}.plan"
         yield engine, rqc("compile", place.model, "-o", engine, *shared, *row.options(place.learned))
-    finally:
-        engine.unlink(missing_ok=True)
 
 
 def rqc(command: str, *arguments: object) -> Measured:
