@@ -22,7 +22,7 @@ _HOMES = {
     "RqcError": ("rqc.runtime.errors", "RqcError"),
     "build": ("rqc.runtime.add_plan", "add_plan"),
     "compile": ("rqc.compiler.api", "compile_engine"),
-    "export": ("rqc.compiler.export_gptq", "export_gptq"),
+    "export": ("rqc.compiler.export.run", "export"),
     "finetune": ("rqc.compiler.finetune.run", "finetune"),
     "load": ("rqc.runtime.engine", "Engine.load"),
     "rotate": ("rqc.compiler.rotate.run", "rotate"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,11 @@ class Quantized:
     def shape(self) -> tuple[int, int]:
         """(N, K)."""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def rows(self, rows: slice) -> Quantized:
+        """These rows alone, padded with their zero points."""
+        zeros = None if self.zero_points is None else self.zero_points[rows]
+        return replace(self, codes=self.codes[rows], scales=self.scales[rows], zero_points=zeros, padding=None)
 
     def dequantize(self) -> F32:
         """(codes - z) * s, float32 [N, K]."""
