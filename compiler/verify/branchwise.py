@@ -43,9 +43,9 @@ def branch_error(stored: StoredGraph, linear: StoredLinear, x: F32, run: Run) ->
 
 def _products(branch: StoredBranch, x: F32) -> tuple[F32, F32]:
     """t [tokens, r] and y [tokens, out] of a branch as PyTorch computes them."""
-    blocks = branch.blocks or (None, None)
-    t = _rounded(x, blocks[0]) @ np.asarray(branch.a, np.float32).T
-    return t, _rounded(t, blocks[1]) @ np.asarray(branch.b, np.float32).T
+    before, between = branch.blocks
+    t = _rounded(x, before) @ np.asarray(branch.a, np.float32).T
+    return t, _rounded(t, between) @ np.asarray(branch.b, np.float32).T
 
 
 def _rounded(x: F32, block: int | None) -> F32:

@@ -75,14 +75,13 @@ class _Beside:
 
 
 class _Rounded:
-    """A branch of codes at int8 accumulation: each of its two kernels rounds what it reads, per token and block."""
+    """A branch of codes at int8 accumulation: a kernel of codes rounds what it reads, per token and block."""
 
     def __init__(self, branch: StoredBranch) -> None:
-        assert branch.blocks is not None
         self.a, self.b = (torch.from_numpy(np.ascontiguousarray(factor)).float() for factor in (branch.a, branch.b))
-        self.grids = [ActivationGrid(8, block) for block in branch.blocks]
+        self.grids = [None if block is None else ActivationGrid(8, block) for block in branch.blocks]
 
     def __call__(self, x: Tensor) -> Tensor:
         for factor, grid in zip((self.a, self.b), self.grids, strict=True):
-            x = nn.functional.linear(grid.round(x.detach()), factor)
+            x = nn.functional.linear(x if grid is None else grid.round(x.detach()), factor)
         return x

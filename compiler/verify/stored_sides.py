@@ -22,12 +22,12 @@ Stored = NDArray[np.generic]
 
 @dataclass(frozen=True, eq=False)
 class StoredBranch:
-    """t = x aᵀ, then t bᵀ: a [r, in], b [out, r]. blocks: inputs that share a scale where the kernels round x and t to
-    int8; None where they multiply floats."""
+    """t = x aᵀ, then t bᵀ: a [r, in], b [out, r]. blocks: inputs that share a scale where the kernel rounds x to int8,
+    and where it rounds t; None where it multiplies floats, as with an `a` that a branch of floats shares."""
 
     a: Stored
     b: Stored
-    blocks: tuple[int, int] | None = None
+    blocks: tuple[int | None, int | None] = (None, None)
 
     def dense(self) -> F64:
         """b a [out, in]."""
@@ -50,12 +50,12 @@ class StoredSide:
 
     @property
     def rounded(self) -> tuple[StoredBranch, ...]:
-        """The branches whose kernels round what they read."""
-        return tuple(branch for branch in self.branches if branch.blocks is not None)
+        """The branches with a kernel that rounds what it reads."""
+        return tuple(branch for branch in self.branches if any(branch.blocks))
 
     def exact(self) -> StoredSide:
         """The same without those."""
-        return StoredSide(tuple(branch for branch in self.branches if branch.blocks is None), self.corrections)
+        return StoredSide(tuple(branch for branch in self.branches if not any(branch.blocks)), self.corrections)
 
     def correction(self, shape: tuple[int, int]) -> F64:
         """The corrections as one matrix [out, G]."""
@@ -100,7 +100,7 @@ def branch_of(stored: StoredGraph, node: ir.Node) -> StoredBranch:
     """The branch that a second product ends, of all linears that it is for. Raises EngineFormatError if it is half of
     one."""
     a, down = _down(stored, node)
-    return StoredBranch(a, _factor(stored, node), _blocks(down, node))
+    return StoredBranch(a, _factor(stored, node), (_block(down), _block(node)))
 
 
 def _factor(stored: StoredGraph, node: ir.Node) -> Stored:
@@ -117,12 +117,9 @@ def kernel_rounds(node: ir.Node) -> bool:
     return level is not None and level.as_int() == ACCURACY_INT8
 
 
-def _blocks(*nodes: ir.Node) -> tuple[int, int] | None:
-    """The blocks in which both kernels of a branch round what they read to int8; None where they don't."""
-    if not all(kernel_rounds(node) for node in nodes):
-        return None
-    first, second = (node.attributes["block_size"].as_int() for node in nodes)
-    return first, second
+def _block(node: ir.Node) -> int | None:
+    """The block in which a product's kernel rounds what it reads to int8; None where it doesn't."""
+    return node.attributes["block_size"].as_int() if kernel_rounds(node) else None
 
 
 def _down(stored: StoredGraph, node: ir.Node) -> tuple[Stored, ir.Node]:
