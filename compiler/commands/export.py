@@ -35,6 +35,7 @@ def export(
     calibration: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Windows of it.  [default: 64]")] = None,
     calibration_length: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 512]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda: what calibration runs on.  [default: cpu]")] = None,
     adapter: Annotated[list[str] | None, typer.Option(metavar="DIR", help="A PEFT directory to fold in first.")] = None,
     min_survival: Annotated[
         float | None, typer.Option(help="Fail where rounding leaves less of the adapter in a linear.  [default: 0.5]")

@@ -18,6 +18,7 @@ from rqc.compiler.adapters.merge import FOLD
 from rqc.compiler.adapters.reading import open_adapter
 from rqc.compiler.adapters.survival import check_survival, fold_survival
 from rqc.compiler.calibration.calibrated import calibrated, with_method
+from rqc.compiler.calibration.device import on_device
 from rqc.compiler.calibration.frames import choose
 from rqc.compiler.export.checkpoint import ExportReport, GptqCheckpoint
 from rqc.compiler.export.layout import ScaleRounding, Tensor, half, linear_tensors, misfit
@@ -64,25 +65,27 @@ def export_model(model_dir: Path, target: Path, options: Mapping[str, Any], prog
         raise SchemeError(
             f"the adapter is merged by {merge.how}, which needs more than weights", hint="an adapter of a float base"
         )
-    choice = choose(recipe, imported, progress, merge)
-    rotation, recipe = choice.rotation, replace(recipe, method=choice.method)
-    findings = calibrated(recipe, imported, rotation, merge, progress)
-    description = imported.description
-    passes = [*frame(recipe, description, rotation, merge), *grids(recipe, description, findings)]
+    with on_device(recipe.device):
+        choice = choose(recipe, imported, progress, merge)
+        rotation, recipe = choice.rotation, replace(recipe, method=choice.method)
+        findings = calibrated(recipe, imported, rotation, merge, progress)
+    passes = [*frame(recipe, imported.description, rotation, merge), *grids(recipe, imported.description, findings)]
     Instruments(False, None, progress).run(imported.model, passes)
     survival = None if merge is None else fold_survival(imported.model, merge.folded, progress)
     check_survival(survival or {}, recipe.min_survival, "an engine with --merge branch")
-    rounding = ScaleRounding()
-    tensors = [*_tensors(imported.model, recipe.group_size, rounding), *_neutral_norms(imported, recipe)]
-    tied = description.architecture.tied and recipe.tied == "keep"
-    config = read_config(imported.checkpoint.directory)
     try:
-        files = _companions(imported)
-        return GptqCheckpoint(tensors, rounding, config, recipe.group_size, tied, files).write(
-            target, survival=survival
-        )
+        return _made(imported, recipe).write(target, survival=survival)
     finally:
         forget()
+
+
+def _made(imported: Imported, recipe: Recipe) -> GptqCheckpoint:
+    """The checkpoint of a quantized graph."""
+    directory, rounding = imported.checkpoint.directory, ScaleRounding()
+    tensors = [*_tensors(imported.model, recipe.group_size, rounding), *_neutral_norms(imported, recipe)]
+    tied = imported.description.architecture.tied and recipe.tied == "keep"
+    files = _companions(imported)
+    return GptqCheckpoint(tensors, rounding, read_config(directory), recipe.group_size, tied, files)
 
 
 def check_family(description: Description) -> None:

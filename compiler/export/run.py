@@ -17,7 +17,7 @@ from rqc.runtime.errors import InputError
 FORMATS = ("gptq",)
 OPTIONS = (
     *("group_size", "rotate", "rotation_seed", "clip", "method"),
-    *("calibration", "calibration_samples", "calibration_length"),
+    *("calibration", "calibration_samples", "calibration_length", "device"),
     *("adapter", "min_survival"),
 )
 """Those of a compile that a checkpoint leaves open."""
@@ -36,8 +36,8 @@ def export(
     source: an engine, whose codes it then has bit for bit; or a model directory (or GGUF file), which is rounded to 4
     bits in symmetric groups as `options` say, by the names and with the meaning of a compile's: group_size (128),
     rotate (none, or a list of r1 and r2), rotation_seed, clip, method, calibration, calibration_samples,
-    calibration_length, adapter, min_survival; None is the default. Raises an RqcError for what the format cannot hold
-    and for options beside an engine.
+    calibration_length, device, adapter, min_survival; None is the default. Raises an RqcError for what the format
+    cannot hold and for options beside an engine.
     """
     one_of("format", format, FORMATS, InputError)
     given = {name: value for name, value in options.items() if value is not None}
