@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.calibration.blockwise import ROWS_AT_ONCE, Round, calibrate
-from rqc.compiler.calibration.calibration_text import calibration_ids
+from rqc.compiler.calibration.calibration_text import calibration_ids, tell_shortened
 from rqc.compiler.calibration.compensation import budgeted_ranks
 from rqc.compiler.calibration.findings import Findings
 from rqc.compiler.calibration.solver import Solver
@@ -124,10 +124,7 @@ def _text(recipe: Recipe, imported: Imported, progress: Progress) -> NDArray[np.
             f"{_asked(recipe)} looks at calibration text, and the model has no tokenizer.json",
             hint="add the tokenizer's files to the model directory, or leave it out",
         )
-    if (asked := recipe.calibration_samples) > len(ids):
-        progress.line(
-            f"calibration: the text holds {len(ids)} windows of {ids.shape[1]} tokens, {asked} were asked for"
-        )
+    tell_shortened(recipe, imported, ids, recipe.calibration_samples, progress)
     return ids
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rqc.compiler.importer import Imported
+from rqc.compiler.instruments import Progress
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.text import calibration_text, read_text, read_tokenizer, windows
 from rqc.runtime.errors import CheckpointError
@@ -32,3 +33,16 @@ def calibration_ids(recipe: Recipe, imported: Imported, tokens: int, *, behind: 
         ids = ids[behind * length :]
     cut = windows(ids, length, max(1, min(recipe.calibration_samples, tokens // length)))
     return np.asarray(cut, np.int64)
+
+
+def tell_shortened(recipe: Recipe, imported: Imported, ids: NDArray[np.int64], asked: int, progress: Progress) -> None:
+    """Say it where there are fewer windows than `asked`, or shorter ones than the recipe's."""
+    count, length = ids.shape
+    if count < asked:
+        progress.line(f"calibration: the text holds {count} windows of {length} tokens, {asked} were asked for")
+    if length < recipe.calibration_length:
+        short = "context" if length == imported.description.architecture.context_length else "text"
+        progress.line(
+            f"calibration: windows have {length} tokens, {recipe.calibration_length} were asked for: the {short} is no "
+            "longer"
+        )

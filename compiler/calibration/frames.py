@@ -142,6 +142,8 @@ def _obstacle(recipe: Recipe, imported: Imported, measure: bool, ids: NDArray[np
         return "a dry run reads no weights"
     if ids is None:
         return "the model has no tokenizer.json"
+    if ids.shape[1] < 2:
+        return "the text has a single token, and a token is predicted from another"
     if recipe.max_memory is None:
         return ""
     needed = resident_bytes() + block_bytes(imported, recipe, TOKENS)

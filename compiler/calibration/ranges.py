@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rqc.compiler.calibration.blocks import inputs_of, partition, run_part
-from rqc.compiler.calibration.calibration_text import calibration_ids
+from rqc.compiler.calibration.calibration_text import calibration_ids, tell_shortened
 from rqc.compiler.importer import Imported
 from rqc.compiler.instruments import Progress
 from rqc.compiler.recipe import Recipe
@@ -39,10 +39,7 @@ def ranges_on_text(recipe: Recipe, imported: Imported, progress: Progress) -> Me
                 hint=f"add the tokenizer's files to the model directory, or take {way[0]}",
             )
         _check_memory(recipe, imported)
-        if asked > len(ids):
-            progress.line(
-                f"calibration: the text holds {len(ids)} windows of {ids.shape[1]} tokens, {asked} were asked for"
-            )
+        tell_shortened(recipe, imported, ids, asked, progress)
         return measured(model, names, ids, kind, lambda done, total: progress.advance("ranges", done, total))
 
     return measure

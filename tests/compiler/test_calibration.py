@@ -161,6 +161,23 @@ def test_a_text_that_is_too_short_is_said(tiny_model: TinyModel, tmp_path: Path)
     assert "calibration: the text holds 2 windows of 48 tokens, 4 were asked for" in lines.lines
 
 
+def test_windows_that_are_shortened_are_said(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Also where there are as many as asked for: by the end of the text, and by the model's context of 256 tokens."""
+    model = give_voice(tiny_model("llama16"))
+    (text := tmp_path / "short.txt").write_text("a b c d e f" * 5)
+    for options, said in (({"calibration": text}, "55 tokens, 300"), ({}, "256 tokens, 300")):
+        short = {"calibration_samples": 1, "calibration_length": 300, **options}
+        compile_engine(model, tmp_path / "e.plan", scheme="w4a16", progress=(lines := Lines()), **{**QUICK, **short})
+        assert any(f"windows have {said} were asked for" in line for line in lines.lines)
+
+
+def test_a_single_token_chooses_nothing(tiny_model: TinyModel, tmp_path: Path) -> None:
+    (text := tmp_path / "one.txt").write_text("a")
+    recipe = {"scheme": "w4a4", "rotate": "auto", "method": "auto", "calibration": text}
+    report = compile_engine(give_voice(tiny_model("llama16")), tmp_path / "e.plan", **recipe)
+    assert report.rotation == {"chosen": "r1,r2,r4", "scores": None, "method": "rtn"}
+
+
 def test_what_cannot_be_calibrated_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     target = tmp_path / "e.plan"
     with pytest.raises(InputError, match=r"--method gptq.*no tokenizer\.json"):
