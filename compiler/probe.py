@@ -3,7 +3,6 @@ on."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from rqc.compiler.lazy_errors import own_errors
 from rqc.passes.scatter_cache import CAPACITY
 from rqc.runtime.backends.graph_io import GATES
+from rqc.runtime.replace_file import scratch_folder
 
 Logits = NDArray[np.float32]
 INLINE_LIMIT = 1024
@@ -29,7 +29,7 @@ def save_stage(model: ir.Model, path: Path) -> None:
 
 def run_stage(model: ir.Model, token_ids: Sequence[int] | NDArray[np.int64], *, threads: int = 0) -> Logits:
     """Logits [sequence, vocab] of a stage for one sequence of token ids, in float32."""
-    with tempfile.TemporaryDirectory(prefix="rqc-stage-") as folder:
+    with scratch_folder("rqc-stage-") as folder:
         path = Path(folder) / "stage.onnx"
         save_stage(model, path)
         options = ort.SessionOptions()

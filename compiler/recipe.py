@@ -126,6 +126,7 @@ class Recipe:
         if self.dtype is not None:
             one_of("dtype", self.dtype, DTYPES, SchemeError)
         self._check_activations()
+        self._check_floats()
         check_budget(self.scheme, self.layers, self.bits_budget)
         check_compensation(self)
         if not -math.inf < self.min_survival <= 1:
@@ -147,6 +148,16 @@ class Recipe:
             raise InputError(f"max_memory is {self.max_memory}", hint="a size such as 4GiB or 512MiB")
         if self.rotate != "auto":
             Rotation(self.rotate, self.hadamard, self.rotation_seed)  # raises RotationError for unknown sites
+
+    def _check_floats(self) -> None:
+        """Raise SchemeError for a grid that was asked for where nothing is rounded."""
+        tables = [bits for bits in (self.embedding_bits, self.head_bits) if bits is not None and bits < 16]
+        asked = [name for name in ("group_size", "symmetric", "clip") if name in self.given]
+        if asked and not tables and not self.scheme.quantized:
+            raise SchemeError(
+                f"{' and '.join(asked)} with --scheme {self.scheme}, which rounds no weights",
+                hint="--scheme w4a16, or leave them out",
+            )
 
     def _check_activations(self) -> None:
         """Raise an RqcError for a grid of activations that the scheme does not have on its target."""

@@ -9,7 +9,6 @@ import os
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError, ResourceError, TargetError
 from rqc.runtime.plans import BuiltPlan
 from rqc.runtime.profiles import Profile
-from rqc.runtime.replace_file import explained, locked_folder
+from rqc.runtime.replace_file import explained, scratch_folder
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 Progress = Callable[[str, int, int], None]
@@ -151,7 +150,7 @@ def _build(
     engine: EngineFile, job: dict[str, Any], graph: bytes, flavour: str, progress: Progress | None
 ) -> tuple[memoryview, str]:
     """(plan, version of the builder), from a process of its own."""
-    with locked_folder("rqc-build-", tempfile.gettempdir()) as folder:
+    with scratch_folder("rqc-build-") as folder:
         place = Path(folder)
         with explained(folder):
             (place / "engine.plan").symlink_to(engine.path)

@@ -112,6 +112,28 @@ def locked_folder(prefix: str, parent: str) -> Iterator[str]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[str]:
+    """A `locked_folder` where TMPDIR says, for what is gone when the work is done. Raises ResourceError, naming it, for
+    whatever is written in this context once it is full."""
+    with locked_folder(prefix, tempfile.gettempdir()) as folder, scratch_written(folder):
+        yield folder
+
+
+@contextlib.contextmanager
+def scratch_written(folder: str) -> Iterator[None]:
+    """Turn a full disk, met in this context, into a ResourceError that names the scratch folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*_FULL, None):  # numpy's own, of a file that was cut short, has no number
+            raise
+        raise ResourceError(
+            f"no space for temporary files in {os.path.dirname(folder)} ({error.strerror or error})",
+            hint="free some, or let TMPDIR name another folder",
+        ) from error
+
+
 def _remove_folders(prefix: str, parent: str) -> None:
     pattern = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")  # what mkdtemp adds, and nobody's own
     for name in sorted(os.listdir(parent)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rqc.compiler.calibration.device import open_session
 from rqc.compiler.probe import feed, save_stage
 from rqc.compiler.verify.parity import Perplexity, log_softmax
 from rqc.passes.base import Pass
+from rqc.runtime.replace_file import scratch_folder
 
 LAYER = re.compile(r"layers\.(\d+)\b")
 POSITIONS_AT_ONCE = 64
@@ -170,7 +170,7 @@ def open_part(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # by default a product behind DequantizeLinear is fused, and rounds its activations to 8 bits
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    with tempfile.TemporaryDirectory(prefix="rqc-block-") as folder:
+    with scratch_folder("rqc-block-") as folder:
         path = Path(folder) / "block.onnx"
         save_stage(block, path)
         return open_session(str(path), options)

@@ -128,7 +128,10 @@ def best_ratios(
         for name in sites.keys() & values.keys():
             x = np.asarray(values[name], np.float32)
             if not np.isfinite(x).all():
-                raise CheckpointError(f"{name} is not finite on the calibration text", hint="repair the checkpoint")
+                raise CheckpointError(
+                    f"{sites[name][0]}: what it reads is not finite on the calibration text",
+                    hint="repair the checkpoint",
+                )
             errors = output_errors(x.reshape(-1, x.shape[-1]), _weights(model, sites[name]), grid)
             found[name] = RATIOS[int(np.argmin(errors))]
             told(len(found))
@@ -148,9 +151,10 @@ def output_errors(x: F32, weights: Sequence[F32], grid: TokenGrid) -> list[float
     gram = rows.T @ rows if len(rows) > x.shape[1] else None
     errors = []
     for ratio in RATIOS:
-        off = replace(grid, clip=ratio).round(x) - x
-        left, right = (off @ rows.T,) * 2 if gram is None else (off @ gram, off)
-        errors.append(float(np.multiply(left, right).sum(dtype=np.float64)))
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite where values are next to it: no ratio is better
+            off = replace(grid, clip=ratio).round(x) - x
+            left, right = (off @ rows.T,) * 2 if gram is None else (off @ gram, off)
+            errors.append(float(np.multiply(left, right).sum(dtype=np.float64)))
     return errors
 
 

@@ -30,9 +30,10 @@ def check_beside(recipe: Recipe, merge: Merge | None) -> None:
     if merge is None or merge.how == FOLD or (recipe.compensate, recipe.sparsity) == ("none", "none"):
         return
     asked = f"--compensate {recipe.compensate}" if recipe.compensate != "none" else f"--sparsity {recipe.sparsity}"
+    way = "an adapter without a name, --merge fold" if merge.names else "--merge fold, where the adapter allows it,"
     raise SchemeError(
-        f"{asked} with --merge {merge.how}: an adapter beside the grid was made for the codes that it was trained with",
-        hint="--merge fold, where the adapter allows it, or leave one of them out",
+        f"{asked} with --merge {merge.how}: an adapter beside the weights stands for itself, and is not made up for",
+        hint=f"{way} or leave one of them out",
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import weakref
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,28 @@ from numpy.typing import NDArray
 from rqc.models.delta import Delta
 from rqc.models.packing import Quantized
 from rqc.models.quantized import Found
+from rqc.runtime.replace_file import scratch_folder, scratch_written
 
 DIGITS = 3
 """Of the figures in a report: sums differ in the last bits from machine to machine."""
 
 
-@dataclass(eq=False)
 class CodeStore:
     """Codes that were found, by weight name, in a folder of their own until the compile is over: no model's worth of
-    them is in memory."""
+    them is in memory. One that a killed compile left is removed by the next."""
 
-    _folder: tempfile.TemporaryDirectory[str] = field(
-        default_factory=lambda: tempfile.TemporaryDirectory(prefix="rqc-codes-")
-    )
-    _found: dict[str, Found] = field(default_factory=dict)
+    def __init__(self) -> None:
+        opened = ExitStack()
+        self._folder = Path(opened.enter_context(scratch_folder("rqc-codes-")))
+        weakref.finalize(self, opened.close)
+        self._found: dict[str, Found] = {}
+        self._files = 0
 
     def __setitem__(self, name: str, quantized: Quantized) -> None:
-        path = Path(self._folder.name) / f"{len(self._found)}.npz"
+        path = self._next("npz")
         zeros = np.empty(0, np.uint8) if quantized.zero_points is None else quantized.zero_points
-        np.savez(path, codes=quantized.codes, scales=quantized.scales, zeros=zeros)
+        with scratch_written(str(self._folder)):
+            np.savez(path, codes=quantized.codes, scales=quantized.scales, zeros=zeros)
         bits, storage, block = quantized.bits, quantized.storage_bits, quantized.block_size
         self._found[name] = lambda: _read(path, bits, storage, block)
 
@@ -40,10 +44,15 @@ class CodeStore:
         """The update with its factors in files of the same folder, mapped."""
         mapped = []
         for factor in (delta.a, delta.scale * delta.b):
-            path = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.npy"
-            np.save(path, factor)
+            path = self._next("npy")
+            with scratch_written(str(self._folder)):
+                np.save(path, factor)
             mapped.append(np.load(path, mmap_mode="r"))
         return Delta(*mapped)
+
+    def _next(self, suffix: str) -> Path:
+        self._files += 1
+        return self._folder / f"{self._files}.{suffix}"
 
     @property
     def found(self) -> Mapping[str, Found]:

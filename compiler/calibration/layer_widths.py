@@ -45,11 +45,16 @@ class Budget:
 
     @classmethod
     def of(cls, recipe: Recipe, description: Description, fixed: Mapping[str, int]) -> Budget:
-        """What rules leave of a recipe's budget. Raises SchemeError where they leave too little."""
+        """What rules leave of a recipe's budget. Raises SchemeError where they leave too little, or nothing."""
         assert recipe.bits_budget is not None
         claims = [claim for claim in description.claims if claim.quantized]
         sizes = {claim.weight: prod(description.shape(claim)) for claim in claims}
         units = units_of(description, [claim for claim in claims if claim.weight not in fixed])
+        if not units:
+            raise SchemeError(
+                f"--bits-budget {recipe.bits_budget:g} with layers that give every linear its bits",
+                hint="leave the budget or some of [[layers]] out",
+            )
         widths, total = budget_widths(recipe), sum(sizes.values())
         taken = sum(sizes[name] * bits for name, bits in fixed.items())
         least = taken + min(widths) * sum(unit.size for unit in units)

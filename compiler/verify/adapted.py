@@ -7,7 +7,6 @@ engine's, with the adapters in peft's wrappers where the engine computes them be
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError
+from rqc.runtime.replace_file import scratch_folder
 
 UNROTATED = Rotation(frozenset())
 
@@ -213,7 +213,7 @@ class Adapted:
     def _attach_all(self, reference: Reference, carried: Mapping[int, Mapping[str, Delta]]) -> tuple[int, str] | None:
         """Wrap a model by all adapters. The number of one that peft cannot open, and why."""
         wrapped: Any = None
-        with tempfile.TemporaryDirectory(prefix="rqc-adapter-") as folder:
+        with scratch_folder("rqc-adapter-") as folder:
             for index, adapter in enumerate(self.adapters):
                 directory, deltas = adapter.directory, carried.get(index)
                 if deltas is not None:

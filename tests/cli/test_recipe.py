@@ -200,3 +200,9 @@ def test_compensation_that_makes_no_sense_is_refused(
 def test_compensation_survives_json(values: dict[str, Any]) -> None:
     recipe = Recipe.from_values(values)
     assert Recipe.from_values(recipe.to_json()) == recipe
+
+
+def test_a_grid_for_floats_is_refused() -> None:
+    with pytest.raises(SchemeError, match="group_size and clip with --scheme fp16, which rounds no weights"):
+        Recipe.layered(None, {"scheme": "fp16", "group_size": 64, "clip": "none"})
+    assert Recipe.layered(None, {"scheme": "fp16", "group_size": 64, "embedding_bits": 8}).group_size == 64

@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,25 @@ def test_a_folded_adapter_is_rounded_with_its_weight(tiny_model: TinyModel, tmp_
     ids = np.random.default_rng(1).integers(3, 96, 120).tolist()
     report = verify_engine(tmp_path / "e.plan", directory, adapter=adapter, token_ids=ids, tokens=120, window=60)
     assert report.passed, report.gates
+
+
+def test_what_a_killed_compile_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "rqc-codes-abcdefgh").mkdir()  # nobody holds its lock
+    alive = CodeStore()
+    store = CodeStore()
+    assert len(list(tmp_path.iterdir())) == 2
+    del alive, store
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_of_temporary_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("9216 requested and 2560 written")  # as numpy says it, without a number
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store, codes = CodeStore(), quantize(np.ones((2, 16), np.float32), Grid(4, 16))
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(ResourceError, match=f"no space for temporary files in {tmp_path}") as raised:
+        store["w"] = codes
+    assert "TMPDIR" in raised.value.hint
