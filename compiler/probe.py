@@ -29,7 +29,7 @@ def save_stage(model: ir.Model, path: Path) -> None:
 
 def run_stage(model: ir.Model, token_ids: Sequence[int] | NDArray[np.int64], *, threads: int = 0) -> Logits:
     """Logits [sequence, vocab] of a stage for one sequence of token ids, in float32."""
-    with scratch_folder("rqc-stage-") as folder:
+    with scratch_folder("stage") as folder:
         path = Path(folder) / "stage.onnx"
         save_stage(model, path)
         options = ort.SessionOptions()

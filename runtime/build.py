@@ -150,7 +150,7 @@ def _build(
     engine: EngineFile, job: dict[str, Any], graph: bytes, flavour: str, progress: Progress | None
 ) -> tuple[memoryview, str]:
     """(plan, version of the builder), from a process of its own."""
-    with scratch_folder("rqc-build-") as folder:
+    with scratch_folder("build") as folder:
         place = Path(folder)
         with explained(folder):
             (place / "engine.plan").symlink_to(engine.path)

@@ -113,10 +113,10 @@ def locked_folder(prefix: str, parent: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def scratch_folder(prefix: str) -> Iterator[str]:
+def scratch_folder(kind: str) -> Iterator[str]:
     """A `locked_folder` where TMPDIR says, for what is gone when the work is done. Raises ResourceError, naming it, for
     whatever is written in this context once it is full."""
-    with locked_folder(prefix, tempfile.gettempdir()) as folder, scratch_written(folder):
+    with locked_folder(f"rqc-scratch-{kind}-", tempfile.gettempdir()) as folder, scratch_written(folder):
         yield folder
 
 

@@ -170,7 +170,7 @@ def open_part(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # by default a product behind DequantizeLinear is fused, and rounds its activations to 8 bits
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    with scratch_folder("rqc-block-") as folder:
+    with scratch_folder("block") as folder:
         path = Path(folder) / "block.onnx"
         save_stage(block, path)
         return open_session(str(path), options)

@@ -27,7 +27,7 @@ class CodeStore:
 
     def __init__(self) -> None:
         opened = ExitStack()
-        self._folder = Path(opened.enter_context(scratch_folder("rqc-codes-")))
+        self._folder = Path(opened.enter_context(scratch_folder("codes")))
         weakref.finalize(self, opened.close)
         self._found: dict[str, Found] = {}
         self._files = 0

@@ -213,7 +213,7 @@ class Adapted:
     def _attach_all(self, reference: Reference, carried: Mapping[int, Mapping[str, Delta]]) -> tuple[int, str] | None:
         """Wrap a model by all adapters. The number of one that peft cannot open, and why."""
         wrapped: Any = None
-        with scratch_folder("rqc-adapter-") as folder:
+        with scratch_folder("adapter") as folder:
             for index, adapter in enumerate(self.adapters):
                 directory, deltas = adapter.directory, carried.get(index)
                 if deltas is not None:

@@ -205,7 +205,7 @@ def test_a_folded_adapter_is_rounded_with_its_weight(tiny_model: TinyModel, tmp_
 
 def test_what_a_killed_compile_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "rqc-codes-abcdefgh").mkdir()  # nobody holds its lock
+    (tmp_path / "rqc-scratch-codes-abcdefgh").mkdir()  # nobody holds its lock
     alive = CodeStore()
     store = CodeStore()
     assert len(list(tmp_path.iterdir())) == 2
