@@ -78,7 +78,11 @@ def compile_(
     ] = None,
     target: Annotated[str | None, typer.Option(help="onnx tensorrt-rtx tensorrt.  [default: onnx]")] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="fp32 fp16 w8a16 w8a8 w6a6 w4a16 w4a8 w4a4 w3a16 w2a16.  [default: w4a8]")
+        str | None,
+        typer.Option(
+            help="fp32 fp16 w8a16 w8a8 w6a6 w4a16 w4a8 w4a4 w3a16 w2a16; for TensorRT also fp8a16 nvfp4a16.  "
+            "[default: w4a8]"
+        ),
     ] = None,
     group_size: Annotated[int | None, typer.Option(help="16 32 64 128 256, -1 per channel.  [default: 32]")] = None,
     bits_budget: Annotated[

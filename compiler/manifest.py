@@ -67,6 +67,7 @@ def manifest_of(
         "target": recipe.target,
         **_tensorrt(recipe, a),
         "scheme": recipe.scheme.name,
+        **({"weights": recipe.scheme.weights} if recipe.scheme.small_floats else {}),
         "group_size": recipe.group_size,
         "symmetric": recipe.symmetric,
         **({"positive_scales": True} if recipe.positive else {}),
@@ -232,8 +233,9 @@ def _form(node: ir.Node, value: ir.Value | None) -> dict[str, Any] | None:
     producer = value.producer() if value is not None else None
     if producer is not None and producer.op_type == "Transpose" and LINEAR in node.metadata_props:
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
-    if producer is not None and producer.op_type in ("Cast", "DequantizeLinear"):
+    while producer is not None and producer.op_type in ("Cast", "DequantizeLinear"):
         value = producer.inputs[0]
+        producer = value.producer() if value is not None else None
     if value is None or value.const_value is None:
         return None
     quantized, weight = value.const_value.meta.get(QUANTIZED), value.const_value.meta.get(WEIGHT)

@@ -6,9 +6,8 @@ from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.calibration.findings import Findings
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.targets import onnx, tensorrt
-from rqc.compiler.widths import table_grid_of, table_widths
+from rqc.compiler.widths import linear_grid, table_grid_of, table_widths
 from rqc.models.description import Description
-from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
 from rqc.passes.base import Pass
 from rqc.passes.branches import AddBranches
@@ -67,9 +66,12 @@ def grids(recipe: Recipe, description: Description, findings: Findings | None = 
     embedding, head = (
         table_grid_of(recipe, bits, a.hidden_size) if bits < 16 else None for bits in table_widths(recipe, a).values()
     )
-    grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip, recipe.positive)
     found = None if findings is None else findings.found
     beside: list[Pass] = []
     if findings is not None and findings.deltas:
         beside = [AddBranches(findings.deltas, findings.coded)]
-    return [QuantizeLinears(description, grid, recipe.widths, found), *beside, QuantizeTables(embedding, head)]
+    return [
+        QuantizeLinears(description, linear_grid(recipe), recipe.widths, found),
+        *beside,
+        QuantizeTables(embedding, head),
+    ]

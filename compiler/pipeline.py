@@ -27,7 +27,7 @@ from rqc.compiler.plan import write_engine
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import Estimate, check_memory, estimate
 from rqc.compiler.targets.guards import check_graph
-from rqc.compiler.targets.settle import settled
+from rqc.compiler.targets.settle import narrowed, settled
 from rqc.compiler.text import read_text
 from rqc.models.quantized import forget
 from rqc.runtime.build import build_plan, require_builder
@@ -102,7 +102,9 @@ def compile_model(
         recipe.rotation_file.check_model(imported.checkpoint.fingerprint())
     manifests.check_files(imported)
     recipe, merge = open_adapter(recipe, imported, instruments.progress)
-    recipe = settled(recipe, imported.description.architecture, merge)
+    asked, recipe = recipe, settled(recipe, imported.description.architecture, merge)
+    if not asked.sm and (why := narrowed(recipe)) is not None:
+        instruments.progress.line(why)
     if verify_each and recipe.dtype == "bf16":
         raise InputError("--verify-each with --dtype bf16, which ONNX Runtime does not compute", hint="--dtype fp16")
     if recipe.builds and not dry_run:

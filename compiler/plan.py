@@ -18,6 +18,7 @@ from rqc.runtime.onnx_walk import OFFSET_DIGITS, pad_location
 from rqc.runtime.tensors import TENSOR_ALIGNMENT
 
 INLINE_BELOW = 1024  # bytes: smaller tensors stay in graph.onnx, where shape inference sees them
+LATE_KEY = "rqc.late"  # small tensors with this in `meta` lie with the weights all the same
 STORAGE_KEY = "rqc.storage"  # tensors with the same value in `meta` share their bytes
 _CHUNK = 1 << 22
 
@@ -63,7 +64,8 @@ def _split(model: onnx_ir.Model) -> tuple[list[_Storage], bytes]:
         tensor = value.const_value
         if tensor is None:
             raise EngineFormatError(f"initializer {name!r} has no value")
-        if tensor.dtype == onnx_ir.DataType.STRING or tensor.nbytes < INLINE_BELOW:
+        small = tensor.nbytes < INLINE_BELOW and LATE_KEY not in tensor.meta
+        if tensor.dtype == onnx_ir.DataType.STRING or small:
             continue
         key = tensor.meta.get(STORAGE_KEY)
         key = ("object", id(tensor)) if key is None else ("storage", key)
@@ -130,7 +132,7 @@ def _evaluate(name: str, tensor: onnx_ir.TensorProtocol, append: Append) -> None
         data = memoryview(tensor.tobytes())
         right, what = len(data) == tensor.nbytes, f"{len(data)} bytes"
     else:
-        array = np.ascontiguousarray(tensor.numpy())
+        array = np.asarray(tensor.numpy(), order="C")
         right = array.dtype == tensor.dtype.numpy() and array.shape == tuple(tensor.shape.numpy())
         what = f"{array.dtype}{list(array.shape)}"
         data = array.reshape(-1).view(np.uint8).data

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from rqc.compiler.float4_on_cpu import look_up_float4
 from rqc.compiler.lazy_errors import own_errors
 from rqc.passes.scatter_cache import CAPACITY
 from rqc.runtime.backends.graph_io import GATES
@@ -32,6 +34,7 @@ def run_stage(model: ir.Model, token_ids: Sequence[int] | NDArray[np.int64], *, 
     with scratch_folder("stage") as folder:
         path = Path(folder) / "stage.onnx"
         save_stage(model, path)
+        _let_look_up(model, path)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # TensorScatter warns that it copies
@@ -40,6 +43,14 @@ def run_stage(model: ir.Model, token_ids: Sequence[int] | NDArray[np.int64], *, 
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return run_session(session, np.asarray(token_ids, np.int64))
+
+
+def _let_look_up(model: ir.Model, path: Path) -> None:
+    """Let a saved stage look 4-bit floats up, if it has some."""
+    if any(value.dtype == ir.DataType.FLOAT4E2M1 for value in model.graph.initializers.values()):
+        stage = onnx.load(path, load_external_data=False)
+        look_up_float4(stage)
+        onnx.save(stage, path)
 
 
 def run_session(session: ort.InferenceSession, token_ids: NDArray[np.int64]) -> Logits:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from rqc.compiler.adapters.sources import AdapterSource, parse_sources
 from rqc.compiler.compensation_options import check_compensation
+from rqc.compiler.float_options import check_floats
 from rqc.compiler.layer_rules import LayerRule, check_budget, parse_rules
 from rqc.compiler.option_values import NUMBER, PATH, file_values, near_miss, one_of, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
@@ -129,6 +130,7 @@ class Recipe:
         self._check_floats()
         check_budget(self.scheme, self.layers, self.bits_budget)
         check_compensation(self)
+        check_floats(self)
         if not -math.inf < self.min_survival <= 1:
             raise InputError(f"min_survival is {self.min_survival}", hint="a share up to 1, such as 0.5")
         if not self.adapter and (self.merge, self.min_survival) != ("auto", 0.5):

@@ -11,20 +11,28 @@ from rqc.runtime.errors import SchemeError
 
 @dataclass(frozen=True)
 class Scheme:
-    """`wXaY`: X-bit weights in blocks, Y-bit activations; `fp32` and `fp16` store plain floats.
+    """`wXaY`: X-bit weights in blocks, Y-bit activations; `fp32` and `fp16` store plain floats; `fp8a16` and
+    `nvfp4a16` weights as small floats under scales.
 
     weight_bits, activation_bits: 16 and 32 are floats. float_type: how a weight that is not quantized is stored.
+    weights: what codes of a quantized weight are.
     """
 
     name: str
     weight_bits: int
     activation_bits: int
     float_type: Literal["float32", "float16"]
+    weights: Literal["integer", "fp8", "nvfp4"] = "integer"
 
     @property
     def quantized(self) -> bool:
-        """Whether weights lie on an integer grid."""
+        """Whether weights lie on a grid, of integers or of small floats."""
         return self.weight_bits < 16
+
+    @property
+    def small_floats(self) -> bool:
+        """Whether weights lie on a grid of small floats, which TensorRT alone computes with."""
+        return self.weights != "integer"
 
     @property
     def quantizes_activations(self) -> bool:
@@ -54,5 +62,7 @@ SCHEMES = {
         Scheme("fp32", 32, 32, "float32"),
         Scheme("fp16", 16, 32, "float16"),
         *(_integer(*bits) for bits in ((8, 16), (8, 8), (6, 6), (4, 16), (4, 8), (4, 4), (3, 16), (2, 16))),
+        Scheme("fp8a16", 8, 16, "float32", "fp8"),
+        Scheme("nvfp4a16", 4, 16, "float32", "nvfp4"),
     )
 }

@@ -1,4 +1,4 @@
-"""How wide embedding and head are stored, once the model is known."""
+"""The grids of a recipe: of its linears, and of embedding and head once the model is known."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ from dataclasses import replace
 
 from rqc.compiler.recipe import Recipe
 from rqc.models.description import EMBEDDING, HEAD, Architecture
+from rqc.models.float_grid import AnyGrid, FloatGrid
 from rqc.models.grid import Grid
 from rqc.passes.tables import table_grid
 from rqc.runtime.errors import SchemeError
+
+
+def linear_grid(recipe: Recipe) -> AnyGrid:
+    """The grid of the linears of the blocks; rules and budgets give integer ones other widths."""
+    scheme = recipe.scheme
+    if scheme.weights != "integer":
+        return FloatGrid(scheme.weights, recipe.clip)
+    return Grid(scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip, recipe.positive)
 
 
 def _float_widths(recipe: Recipe) -> tuple[int, ...]:

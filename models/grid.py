@@ -35,13 +35,13 @@ STORAGE_BITS = {2: 2, 3: 4, 4: 4, 6: 8, 8: 8}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """What MatMulNBits' CPU kernel accepts."""
 
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 """Weights per work item (1 MiB as float32): it fits the caches, and threads rarely queue for the interpreter's lock."""
 _RATIO = {2: 0.96, 3: 0.96, 4: 0.975, 6: 0.99, 8: 0.995}
 """Factor between the ranges that a clip search tries: the finer the grid, the less it gains by clipping."""
 _PATIENCE = 6
 _MAX_ROUNDS = 100
-_MARGIN = np.float32(1 - 1e-5)
+MARGIN = np.float32(1 - 1e-5)
 """A ratio must win by more than float32 sums can err, so that no block is ever worse than without clipping."""
 _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0))
 """trunc(t + _BELOW_HALF) is C's roundf(t) for 0 <= t < 2**22; with 0.5 itself, 0.49999997 would round up."""
@@ -120,8 +120,8 @@ def quantize(w: npt.NDArray[Any], grid: Grid, *, threads: int | None = None) -> 
         if zeros is not None:
             zeros[rows] = zero.reshape(-1, groups)
 
-    step = max(1, _CHUNK // k)
-    _parallel(work, [slice(i, min(i + step, n)) for i in range(0, n, step)], threads)
+    step = max(1, CHUNK // k)
+    parallel(work, [slice(i, min(i + step, n)) for i in range(0, n, step)], threads)
     if grid.group_size == -1:
         repeat = -(-k // block)
         scales = np.repeat(scales, repeat, axis=1)
@@ -129,7 +129,7 @@ def quantize(w: npt.NDArray[Any], grid: Grid, *, threads: int | None = None) -> 
     return Quantized(codes, scales, zeros, grid.bits, grid.storage_bits, block)
 
 
-def _parallel(work: Callable[[slice], None], items: list[slice], threads: int | None) -> None:
+def parallel(work: Callable[[slice], None], items: list[slice], threads: int | None) -> None:
     """Calls work on every item, on `threads` threads (default: the CPUs this process may use)."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(len(items), threads or available or 1)
@@ -241,7 +241,7 @@ def _clip_search(blocks: _Blocks, scale: F32, zero: F32, grid: Grid) -> F32:
         searching = step - best_round <= _PATIENCE
         if not searching.any():
             break
-        better = searching & (error < best * _MARGIN)
+        better = searching & (error < best * MARGIN)
         best = np.where(better, error, best)
         best_scale = np.where(better, trial, best_scale)
         best_round[better] = step

@@ -10,7 +10,8 @@ import numpy as np
 
 from rqc.models.algebra import Array
 from rqc.models.delta import Delta, magnitude_ratio, row_norms
-from rqc.models.grid import Grid, Quantized, quantize
+from rqc.models.float_grid import AnyGrid, FloatGrid, round_to
+from rqc.models.grid import Quantized
 from rqc.models.packing import F32
 from rqc.models.weights import Weight
 from rqc.models.zero_points import block_offsets, compact_inputs, merge_zero_points, with_zero_points
@@ -79,7 +80,7 @@ class LazyQuantized:
     """
 
     parts: tuple[Weight, ...]
-    grid: Grid
+    grid: AnyGrid
     updates: tuple[Update | None, ...] = ()
     found: tuple[Found | None, ...] = ()
 
@@ -141,19 +142,26 @@ class LazyQuantized:
         return _joined([piece for part, update, found in every for piece in _pieces(part, self.grid, update, found)])
 
 
-def _pieces(part: Weight, grid: Grid, update: Update | None, found: Found | None) -> list[Adapted]:
+def _pieces(part: Weight, grid: AnyGrid, update: Update | None, found: Found | None) -> list[Adapted]:
     """A part on the grid, adapted: chunk by chunk of its rows, or as it was found."""
     if found is not None:
         return [Adapted.plain(found()) if update is None else update.applied(found(), 0)]
     pieces, first = [], 0
+    if isinstance(grid, FloatGrid) and grid.shares and not part.in_one_piece():
+        grid = grid.fitted(_largest(part))
     for chunk in part.chunks():
         try:
-            quantized = quantize(chunk, grid)
+            quantized = round_to(chunk, grid)
             pieces.append(Adapted.plain(quantized) if update is None else update.applied(quantized, first))
         except (CheckpointError, InputError) as error:
             raise type(error)(f"{part.name}: {error.message}", hint=error.hint) from error
         first += len(chunk)
     return pieces
+
+
+def _largest(part: Weight) -> float:
+    """The largest magnitude of a weight; infinite where one is beyond float32, NaN where one is none."""
+    return max(float(np.abs(chunk).max(initial=0)) for chunk in part.chunks())
 
 
 def _joined(pieces: list[Adapted]) -> Adapted:

@@ -41,6 +41,10 @@ class Weight:
         """Whether rows can be evaluated apart from each other."""
         return all(fold.row_local for fold in self.folds)
 
+    def in_one_piece(self, limit: int = CHUNK_BYTES) -> bool:
+        """Whether `chunks` gives it so."""
+        return not self.row_local or 8 * int(np.prod(self.shape)) <= limit
+
     def read(self) -> Array:
         """The whole weight. A one-dimensional one is a bias or a gain: output-side folds alone touch it."""
         stored = self.checkpoint.read(self.name, self.start, self.start + self.shape[0])

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.passes.base import Pass, insert_after
+from rqc.passes.base import WIDE, Pass, insert_after
 from rqc.passes.build import Builder
 from rqc.runtime.errors import TargetError
 
@@ -24,7 +24,7 @@ class CastFloats(Pass):
     """Every float value becomes fp16 (bf16): weights, scales, constants, activations and the cache.
 
     Logits leave as float32, and other float inputs than the cache come in as float32. Constants beyond the type's range
-    that stand for −∞ (masks) become its lowest value.
+    that stand for −∞ (masks) become its lowest value. Nodes marked to be wide stay in float32, with a cast behind them.
     """
 
     exact = False
@@ -45,8 +45,8 @@ class CastFloats(Pass):
             modified |= self._initializer(value)
         if not modified:
             return ir.passes.PassResult(model, modified=False)
-        for node in model.graph:
-            self._node(node)
+        for node in list(model.graph):
+            self._narrow(node) if WIDE in node.metadata_props else self._node(node)
         for value in model.graph.inputs:
             self._input(model, value)
         for index, value in enumerate(model.graph.outputs):
@@ -57,6 +57,8 @@ class CastFloats(Pass):
     def _initializer(self, value: ir.Value) -> bool:
         old = value.const_value
         if old is None or old.dtype != ir.DataType.FLOAT or self.dtype == ir.DataType.FLOAT:
+            return False
+        if value.uses() and all(WIDE in user.metadata_props for user, _ in value.uses()):
             return False
         value.const_value = self._tensor(old)
         value.type = ir.TensorType(self.dtype)
@@ -96,6 +98,18 @@ class CastFloats(Pass):
         for output in node.outputs:
             if output.dtype == ir.DataType.FLOAT:
                 output.type = ir.TensorType(self.dtype)
+
+    def _narrow(self, node: ir.Node) -> None:
+        """Cast what a wide node gives to others."""
+        (output,) = node.outputs
+        users = [(user, index) for user, index in output.uses() if WIDE not in user.metadata_props]
+        if users:
+            cast = ir.node("Cast", [output], attributes={"to": self.dtype.value}, name=f"{node.name}/{self.name}")
+            cast.outputs[0].name = f"{output.name}.{self.name}"
+            cast.outputs[0].shape, cast.outputs[0].type = output.shape, ir.TensorType(self.dtype)
+            insert_after(node, [cast])
+            for user, index in users:
+                user.replace_input_with(index, cast.outputs[0])
 
     def _input(self, model: ir.Model, value: ir.Value) -> None:
         if value.dtype != ir.DataType.FLOAT:

@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from rqc.models.description import Description
-from rqc.models.grid import Grid, Quantized
+from rqc.models.float_grid import AnyGrid, FloatGrid, FloatQuantized
+from rqc.models.grid import Quantized
 from rqc.models.quantized import Found, LazyQuantized
 from rqc.passes.base import QUANTIZED, Pass, discard, insert_before, lazy_initializer, weight_of
 
@@ -35,7 +36,7 @@ class QuantizeLinears(Pass):
     def __init__(
         self,
         description: Description,
-        grid: Grid,
+        grid: AnyGrid,
         widths: Mapping[str, int] | None = None,
         found: Mapping[str, Found] | None = None,
     ) -> None:
@@ -51,8 +52,10 @@ class QuantizeLinears(Pass):
         others = Counter(bits for bits in self.widths.values() if bits != self.grid.bits)
         return ", ".join([told(self.grid), *(f"{count} of {bits} bit" for bits, count in sorted(others.items()))])
 
-    def grid_of(self, name: str) -> Grid:
+    def grid_of(self, name: str) -> AnyGrid:
         """The grid of one linear's weight."""
+        if isinstance(self.grid, FloatGrid):
+            return self.grid
         return replace(self.grid, bits=self.widths.get(name, self.grid.bits))
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -68,10 +71,12 @@ class QuantizeLinears(Pass):
         return ir.passes.PassResult(model, modified=modified)
 
 
-def told(grid: Grid | None) -> str:
+def told(grid: AnyGrid | None) -> str:
     """A grid in words."""
     if grid is None:
         return "float"
+    if isinstance(grid, FloatGrid):
+        return f"{grid.form.name} floats, group {grid.group_size}, clip {grid.clip}"
     kind = "symmetric" if grid.symmetric else "asymmetric"
     return f"{grid.bits} bit, group {grid.group_size}, {kind}, clip {grid.clip}"
 
@@ -111,17 +116,45 @@ def _dequantize(model: ir.Model, name: str, quantized: LazyQuantized) -> ir.Node
     return ir.node(
         "DequantizeLinear",
         inputs,
-        attributes={"axis": 1, "block_size": quantized.block},
+        attributes={"axis": 0} if per_row(quantized) else {"axis": 1, "block_size": quantized.block},
         name=f"{name}/DequantizeLinear",
         metadata_props={QUANTIZED: name},
     )
 
 
-Spec = tuple[ir.DataType, tuple[int, int], Callable[[Quantized], np.ndarray]]
+Spec = tuple[ir.DataType, tuple[int, ...], Callable[[Quantized], np.ndarray]]
+
+
+def per_row(quantized: LazyQuantized) -> bool:
+    """Whether a weight has scales [N], the only ones under which kernels read 8-bit floats."""
+    return isinstance(quantized.grid, FloatGrid) and quantized.grid.group_size == -1
+
+
+def _float_tensors(quantized: LazyQuantized) -> dict[str, Spec]:
+    """8-bit floats are stored as such; of 4-bit ones, which ONNX Runtime has no kernel for, the doubles, whole numbers
+    in 8 bits under half the scales: the same value, exactly."""
+    shape = quantized.shape
+    if per_row(quantized):
+        return {
+            "codes": (ir.DataType.FLOAT8E4M3FN, shape, lambda q: floats(q).form.stored(q.codes)),
+            "scales": (ir.DataType.FLOAT, shape[:1], lambda q: q.scales[:, 0]),
+        }
+    return {
+        "codes": (ir.DataType.INT8, shape, lambda q: floats(q).doubled()),
+        "scales": (ir.DataType.FLOAT, (shape[0], quantized.groups), lambda q: q.scales / np.float32(2)),
+    }
+
+
+def floats(quantized: Quantized) -> FloatQuantized:
+    """A weight that is known to be of small floats."""
+    assert isinstance(quantized, FloatQuantized)
+    return quantized
 
 
 def _tensors(quantized: LazyQuantized) -> dict[str, Spec]:
     """Type, shape and value of each tensor; where no zero points are stored, codes are signed."""
+    if isinstance(quantized.grid, FloatGrid):
+        return _float_tensors(quantized)
     grid, blocks = quantized.grid, (quantized.shape[0], quantized.groups)
     storage, center = grid.storage_bits, grid.center
     signed, stype = SIGNED[storage]

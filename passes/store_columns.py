@@ -1,20 +1,21 @@
-"""Weights as TensorRT reads them: signed codes [K, N] with blocks along axis 0, or 8 bits with one scale per column."""
+"""Weights as TensorRT reads them: signed codes [K, N] with blocks along axis 0, or 8 bits with one scale per column,
+integers or floats."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from rqc.models.float_grid import FloatGrid
 from rqc.models.grid import Quantized
 from rqc.models.quantized import LazyQuantized
 from rqc.models.signed_codes import positive_scales, signed_codes
 from rqc.passes.base import LINEAR, PADDED, QUANTIZED, Pass, discard, initializer, insert_before, lazy_initializer
 from rqc.passes.build import Builder
-from rqc.passes.quantize import quantized_of, quantized_tensor
+from rqc.passes.quantize import floats, quantized_of, quantized_tensor
 from rqc.runtime.errors import TargetError
 
 Values = Callable[[Quantized], NDArray[np.generic]]
@@ -25,7 +26,7 @@ class StoreColumns(Pass):
 
     K is padded to whole blocks with codes 0, x with zeros. 8-bit codes have one scale per column [N]. Tables stay
     [rows, width], for the Gather; a tied head reads them through its Transpose. Zero points must be gone
-    (`SymmetricCodes`).
+    (`SymmetricCodes`). 4-bit floats are still doubled (`StoreFloat4` undoes it).
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -48,6 +49,7 @@ class _Form:
 
     def __init__(self, name: str, quantized: LazyQuantized, columns: bool) -> None:
         self.name, self.quantized, self.columns = name, quantized, columns
+        self.floats = isinstance(quantized.grid, FloatGrid)
         self.bytes = quantized.grid.storage_bits == 8
         if self.bytes and quantized.grid.group_size != -1:
             raise TargetError(f"{name}: 8-bit codes in groups of {quantized.block}", hint="--group-size -1")
@@ -74,23 +76,35 @@ class _Form:
     def tensors(self) -> list[ir.LazyTensor]:
         """Codes and scales."""
         (n, k), groups = self.quantized.shape, self.quantized.groups
-        kind = ir.DataType.INT8 if self.bytes else ir.DataType.INT4
         shape = (k + self.padding, n) if self.columns else (n, k)
         blocks = (n,) if self.bytes else (groups, n) if self.columns else (n, groups)
         stem = f"{self.name}.{'columns' if self.columns else 'rows'}"
         return [
-            quantized_tensor(stem, kind, shape, self._codes, self.quantized),
+            quantized_tensor(stem, self._kind, shape, self._codes, self.quantized),
             quantized_tensor(f"{stem}.scales", ir.DataType.FLOAT, blocks, self._scales, self.quantized),
         ]
 
+    @property
+    def _kind(self) -> ir.DataType:
+        """Of the codes."""
+        if self.floats:
+            return ir.DataType.FLOAT8E4M3FN if self.bytes else ir.DataType.INT8
+        return ir.DataType.INT8 if self.bytes else ir.DataType.INT4
+
     def _codes(self, quantized: Quantized) -> NDArray[np.generic]:
-        codes = signed_codes(quantized)
+        codes: NDArray[np.generic]
+        if self.floats:
+            codes = floats(quantized).codes if self.bytes else floats(quantized).doubled()
+        else:
+            codes = signed_codes(quantized)
         if self.padding:
             codes = np.pad(codes, ((0, 0), (0, self.padding)))
         codes = np.ascontiguousarray(codes.T) if self.columns else codes
-        return codes if self.bytes else codes.astype(ml_dtypes.int4)
+        return codes.view(self._kind.numpy()) if self.bytes else codes.astype(self._kind.numpy())
 
     def _scales(self, quantized: Quantized) -> NDArray[np.generic]:
+        if self.floats and not self.bytes:
+            return np.ascontiguousarray(quantized.scales.T) / np.float32(2)
         scales = positive_scales(quantized)
         if self.bytes:
             return np.ascontiguousarray(scales[:, 0])

@@ -15,7 +15,7 @@ from typing import Any
 
 from rqc.runtime import build_worker
 from rqc.runtime.backends.cuda import open_cuda
-from rqc.runtime.capabilities import checked_sms
+from rqc.runtime.capabilities import check_gpu, checked_sms, weight_kinds
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import EngineFormatError, ResourceError, TargetError
 from rqc.runtime.plans import BuiltPlan
@@ -77,10 +77,12 @@ def build_plan(
         raise EngineFormatError(f"{engine.path} has no {missing[0]}", hint="compile the engine again")
     profile = profile or Profile.from_json(manifest["profile"])
     profile.check(int(manifest["context_length"]))
-    int4 = any(layer.get("storage_bits", 32) <= 4 for layer in manifest.get("layers", []))
+    kinds = weight_kinds(manifest)
     if flavour == "tensorrt-rtx" and not sms:
         sms = tuple(manifest.get("sms", ()))
-    sms = checked_sms(flavour, sms, int4=int4)
+    sms = checked_sms(flavour, sms, kinds)
+    if flavour == "tensorrt" and kinds and not isinstance(device := open_cuda(), str):
+        check_gpu(device.sm, kinds)
     job = {
         "module": require_builder(flavour, compiled=True),
         "sms": list(sms),

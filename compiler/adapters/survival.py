@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rqc.compiler.instruments import Progress
 from rqc.models.algebra import Array, apply_folds
 from rqc.models.delta import Delta
-from rqc.models.grid import Grid, quantize
+from rqc.models.float_grid import AnyGrid, round_to
 from rqc.models.merges import AddDelta
 from rqc.models.quantized import LazyQuantized, Update
 from rqc.models.weights import Weight
@@ -44,7 +44,8 @@ def fold_survival(
     weight, that of their sum.
 
     Exact on all rows of a weight with at most 1,024 of them; of a larger one, on 1,024 rows in evenly spaced runs of
-    32: every row has a grid of its own, so a row's rounding does not depend on the others. Raises CheckpointError for
+    32: every row has a grid of its own, so a row's rounding does not depend on the others (what NVFP4
+    shares by tensor is that of the run here). Raises CheckpointError for
     weights that cannot be read.
     """
     names = {id(delta): name for name, several in deltas.items() for delta in several}
@@ -106,8 +107,8 @@ def _folded_weights(model: ir.Model) -> Iterator[tuple[Weight, Rounding]]:
             yield weight, partial(_cast, tensor.dtype.numpy())
 
 
-def _on_grid(grid: Grid, w: Array) -> NDArray[Any]:
-    return quantize(w, grid).dequantize()
+def _on_grid(grid: AnyGrid, w: Array) -> NDArray[Any]:
+    return round_to(w, grid).dequantize()
 
 
 def _cast(dtype: np.dtype[Any], w: Array) -> NDArray[Any]:
@@ -120,11 +121,11 @@ def _quantized_weights(model: ir.Model) -> Iterator[LazyQuantized]:
     yield from {id(quantized): quantized for quantized in found if isinstance(quantized, LazyQuantized)}.values()
 
 
-def _update_survival(part: Weight, update: Update, grid: Grid) -> float:
+def _update_survival(part: Weight, update: Update, grid: AnyGrid) -> float:
     """⟨ΔŴ, ΔW⟩ / ‖ΔW‖² of an update beside the rounded rows of a weight."""
     along = square = 0.0
     for (first, stop), rows in zip(runs(part.shape[0]), _rows(part), strict=True):
-        plain = quantize(rows, grid)
+        plain = round_to(rows, grid)
         base = plain.dequantize().astype(np.float64)
         delta = update.delta.rows(slice(first, stop))
         adapted = update.applied(plain, first)

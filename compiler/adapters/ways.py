@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from rqc.compiler.adapters.merge import BRANCH, FOLD, ZERO_POINT, AdapterPart, Merge
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.widths import linear_grid
 from rqc.models.adapter_frames import frame_folds
 from rqc.models.algebra import RotateOut
-from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
 from rqc.runtime.errors import SchemeError
 
@@ -68,13 +68,15 @@ def _beside(how: str, part: AdapterPart, recipe: Recipe, merge: Merge) -> str | 
     dora = _doras(part)
     if dora and not recipe.scheme.quantized:
         return f"a DoRA scales the rows of a grid, --scheme {recipe.scheme} has none"
+    if dora and recipe.scheme.weights == "nvfp4":
+        return "a DoRA scales the rows of a grid, and scales of NVFP4 are 8-bit floats, which do not hold any factor"
     if how == BRANCH:
         return _mixed(dora, recipe.rotation, merge) if turned else None
-    if not recipe.scheme.quantized:
+    if not recipe.scheme.quantized or recipe.scheme.small_floats:
         return f"--scheme {recipe.scheme} has no zero points"
     if turned:
         return "a pooled adapter cannot be carried into a rotated basis (--rotate none keeps its own)"
-    grid = Grid(recipe.scheme.weight_bits, recipe.group_size, recipe.symmetric, recipe.clip, recipe.positive)
+    grid = linear_grid(recipe)
     for name, delta in part.deltas.items():
         if merge.is_beside(name) and delta.pooled(block := grid.block(delta.a.shape[1])) is None:
             return f"the adapter of {name} is not constant in blocks of {block} inputs"

@@ -49,7 +49,9 @@ class Solver:
         by_grid: dict[Grid, list[str]] = {}
         claims = self.quantize.description.by_weight
         for name in (name for name in site.weights if claims[name].quantized):  # a router stays in floats
-            by_grid.setdefault(self.quantize.grid_of(name), []).append(name)
+            grid = self.quantize.grid_of(name)
+            assert isinstance(grid, Grid)  # small floats are rounded to nearest, never fitted
+            by_grid.setdefault(grid, []).append(name)
         for grid, names in by_grid.items():
             weights = {name: site.weights[name].read() for name in names}
             try:

@@ -15,14 +15,18 @@ from rqc.runtime.errors import TargetError
 
 Rule = Callable[[ir.Node], str | None]
 INTEGER_OPS = ("DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "ConvInteger")
-CODES = (ir.DataType.INT4, ir.DataType.INT8, ir.DataType.UINT4, ir.DataType.UINT8)
+FLOAT8, FLOAT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1
+CODES = (ir.DataType.INT4, ir.DataType.INT8, ir.DataType.UINT4, ir.DataType.UINT8, FLOAT8, FLOAT4)
+KINDS = {ir.DataType.INT4: "int4", ir.DataType.UINT4: "int4", FLOAT8: "fp8", FLOAT4: "fp4"}
+"""Types of codes that not every GPU computes with."""
+FLOAT4_BLOCK = 16
 ONNX_WAY = "--target onnx runs it"
 
 
 def check_graph(model: ir.Model, flavour: str, sms: tuple[int, ...]) -> None:
     """Raise TargetError listing everything that stands against building this graph: compute capabilities first, then
     nodes, each with the rule that it breaks and the way out."""
-    found = [*sm_obstacles(flavour, sms, int4=_has_int4(model)), *violations(model)]
+    found = [*sm_obstacles(flavour, sms, _kinds(model)), *violations(model)]
     if found:
         raise TargetError(
             f"{flavour} cannot build this graph: " + "; ".join(said for said, _ in found),
@@ -38,8 +42,10 @@ def violations(model: ir.Model) -> Iterator[tuple[str, str]]:
                 yield f"{node.op_type} {node.name} {broken}", way
 
 
-def _has_int4(model: ir.Model) -> bool:
-    return any(value.dtype in (ir.DataType.INT4, ir.DataType.UINT4) for value in model.graph.initializers.values())
+def _kinds(model: ir.Model) -> set[str]:
+    """How weights are stored. 4-bit floats bring 8-bit ones along, as their scales."""
+    found = {KINDS[value.dtype] for value in model.graph.initializers.values() if value.dtype in KINDS}
+    return found - {"fp8"} if "fp4" in found else found
 
 
 def _foreign(node: ir.Node) -> str | None:
@@ -83,10 +89,39 @@ def _silently_wrong(node: ir.Node) -> str | None:
 
 
 def _behind(node: ir.Node | None) -> ir.Node | None:
-    """What a Transpose reads, or the node itself."""
-    if node is None or node.op_type != "Transpose" or node.inputs[0] is None:
-        return node
-    return node.inputs[0].producer()
+    """What a Transpose or a Cast reads, or the node itself."""
+    while node is not None and node.op_type in ("Transpose", "Cast") and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node
+
+
+def _mixed(node: ir.Node) -> str | None:
+    """x that was rounded to 8-bit floats times 4-bit integers: the builder stops."""
+    if node.op_type != "MatMul":
+        return None
+    x, weight = (_behind(value.producer()) if value is not None else None for value in node.inputs[:2])
+    codes = [one.inputs[0] if one is not None and one.op_type == "DequantizeLinear" else None for one in (x, weight)]
+    kinds = [value.dtype if value is not None else None for value in codes]
+    return "multiplies 8-bit floats with 4-bit integers" if kinds == [FLOAT8, ir.DataType.INT4] else None
+
+
+def _float4(node: ir.Node) -> str | None:
+    """4-bit floats in other blocks than of 16, or under other scales than 8-bit floats with a scale of their own."""
+    codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+    if codes is None or codes.dtype != FLOAT4:
+        return None
+    size = node.attributes.get("block_size")
+    if size is None or size.as_int() != FLOAT4_BLOCK:
+        return f"has 4-bit floats in other blocks than of {FLOAT4_BLOCK}"
+    return None if _two_levels(node) else "has 4-bit floats under scales that are no 8-bit floats"
+
+
+def _two_levels(node: ir.Node) -> bool:
+    """Whether the scales are constants of 8-bit floats."""
+    scales = node.inputs[1]
+    inner = scales.producer() if scales is not None else None
+    codes = inner.inputs[0] if inner is not None and inner.op_type == "DequantizeLinear" else None
+    return codes is not None and codes.dtype == FLOAT8 and codes.is_initializer()
 
 
 def _blocks(node: ir.Node) -> str | None:
@@ -98,7 +133,7 @@ def _blocks(node: ir.Node) -> str | None:
     assert scales is not None
     if codes.dtype == ir.DataType.INT8:
         return "has 8-bit codes in blocks"
-    if not scales.is_initializer():
+    if not scales.is_initializer() and not _two_levels(node):
         return "has scales that are computed"
     axis, block = node.attributes["axis"].as_int(), node.attributes["block_size"].as_int()
     length = sizes(codes)[axis] if sizes(codes) else block
@@ -129,6 +164,8 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_integer, ONNX_WAY),
     (_asymmetric, "SymmetricCodes moves zero points into a product of block sums"),
     (_silently_wrong, "round activations per token, or --group-size -1"),
+    (_mixed, "round no activations to 8-bit floats"),
+    (_float4, "StoreFloat4 stores them"),
     (_blocks, "StoreColumns pads blocks; 8 bits take --group-size -1"),
     (_attention, "ScatterCache takes caches and soft caps out of it"),
     (_constant_codes, "put DequantizeLinear in front"),

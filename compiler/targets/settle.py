@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.widths import linear_grid
 from rqc.models.description import Architecture
 from rqc.models.grid import STORAGE_BITS
-from rqc.runtime.capabilities import checked_sms
+from rqc.runtime.capabilities import KINDS, STORED, checked_sms, default_sms
 from rqc.runtime.errors import InputError, SchemeError
 
 TYPES = {"fp32": ("fp32",), "fp16": ("fp16",)}
@@ -33,10 +34,25 @@ def settled(recipe: Recipe, architecture: Architecture, merge: Merge | None) -> 
         dtype=_dtype(recipe),
         group_size=_group_size(recipe),
         positive=merge is None or all(_floats(part.adapter.basis) for part in merge.parts),
-        sm=checked_sms(
-            recipe.target, recipe.sm, int4=min((recipe.scheme.weight_bits, *(rule.bits for rule in recipe.layers))) <= 4
-        ),
+        sm=checked_sms(recipe.target, recipe.sm, _kinds(recipe)),
     )
+
+
+def narrowed(recipe: Recipe) -> str | None:
+    """Why a settled recipe that named no compute capabilities has fewer than the usual ones; None where it has all."""
+    kinds = _kinds(recipe)
+    if recipe.target != "tensorrt-rtx" or default_sms(kinds) == default_sms(()):
+        return None
+    told = " and ".join(STORED[kind] for kind in sorted(kinds))
+    return f"sm {','.join(map(str, recipe.sm))}: TensorRT-RTX has {told} on no older ones"
+
+
+def _kinds(recipe: Recipe) -> frozenset[str]:
+    """How the linears are stored, of what not every GPU computes with."""
+    if recipe.scheme.small_floats:
+        return frozenset({KINDS[recipe.scheme.weights]})
+    widths = (recipe.scheme.weight_bits, *(rule.bits for rule in recipe.layers))
+    return frozenset({"int4"} if min(widths) <= 4 else set())
 
 
 def _refuse_tensorrt_options(recipe: Recipe) -> None:
@@ -72,6 +88,8 @@ def _dtype(recipe: Recipe) -> str:
 
 def _group_size(recipe: Recipe) -> int:
     bits = recipe.scheme.weight_bits
+    if recipe.scheme.weights != "integer":
+        return linear_grid(recipe).group_size
     if not recipe.scheme.quantized or STORAGE_BITS[bits] < 8:
         return recipe.group_size
     if recipe.stated("group_size") and recipe.group_size != -1:

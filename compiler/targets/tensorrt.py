@@ -9,6 +9,7 @@ from rqc.models.description import Description
 from rqc.passes.activations import QuantizeActivations
 from rqc.passes.base import Pass
 from rqc.passes.cleanup import RemoveDeadParts
+from rqc.passes.float4 import StoreFloat4
 from rqc.passes.float_type import CastFloats
 from rqc.passes.pack_side_paths import PackSidePaths
 from rqc.passes.positions import SelectPositions
@@ -37,9 +38,10 @@ def by_blocks() -> list[Pass]:
 
 
 def lowering(recipe: Recipe) -> list[Pass]:
-    """Caches of fixed size, logits where they are asked for, one float type."""
+    """Caches of fixed size, logits where they are asked for, 4-bit floats, one float type."""
     floats: list[Pass] = [] if recipe.dtype in (None, "fp32") else [CastFloats(recipe.dtype)]
-    return [ScatterCache(), SelectPositions(), RemoveDeadParts(), *floats]
+    float4: list[Pass] = [StoreFloat4()] if recipe.scheme.weights == "nvfp4" else []
+    return [ScatterCache(), SelectPositions(), RemoveDeadParts(), *float4, *floats]
 
 
 def ranges(recipe: Recipe, measure: Measure | None) -> list[Pass]:

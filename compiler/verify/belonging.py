@@ -13,14 +13,18 @@ from rqc.compiler.verify.precision import PRECISIONS, Precision
 from rqc.compiler.verify.stored import StoredGraph, StoredLinear
 from rqc.compiler.verify.stored_sides import StoredSide
 from rqc.models.delta import Delta, magnitude_ratio, row_norms
-from rqc.models.grid import Grid, quantize
+from rqc.models.float_grid import AnyGrid, FloatGrid, FloatQuantized, Kind, round_to
+from rqc.models.grid import Grid
 from rqc.models.packing import Quantized, by_block
 from rqc.models.reference import Reference
+from rqc.models.small_floats import E2M1, E4M3, SmallFloat
 
 FLOAT_LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 """Relative distance to which storing a weight as a float may move it: a fold's rounding, and a unit of its type."""
 MOST = 0.9
 """No grid moves a weight further; the weight of another model lies at √2."""
+KINDS: dict[SmallFloat, Kind] = {E4M3: "fp8", E2M1: "nvfp4"}
+"""Grids of small floats by their values."""
 TIE = 1e-3
 """Steps by which a code may be off the nearest one, and a zero point off an integer: ties fall either way."""
 F32 = NDArray[np.float32]
@@ -164,8 +168,14 @@ class _Adopted:
             return np.ones(len(self.wanted))
         base = self.wanted.astype(np.float64)
         if isinstance(self.stored, Quantized):
-            base = quantize(self.wanted, Grid(self.stored.bits, **self.beside.grid)).dequantize().astype(np.float64)
+            base = round_to(self.wanted, self._grid(self.stored)).dequantize().astype(np.float64)
         return magnitude_ratio(self.delta.magnitude, row_norms(base + self.delta.dense()))
+
+    def _grid(self, stored: Quantized) -> AnyGrid:
+        """The engine's, with the width of this weight."""
+        if isinstance(stored, FloatQuantized):
+            return FloatGrid(KINDS[stored.form], self.beside.grid["clip"])
+        return Grid(stored.bits, **self.beside.grid)
 
     def _offsets(self, shape: tuple[int, int], block: int) -> F64:
         """What a merged adapter adds to each row and block [N, G], by the first column of its A in every block."""
@@ -226,8 +236,11 @@ def _allowed(quantized: Quantized, wanted: F32) -> float:
     """One step of the grid on every weight: rounding errs by half of it, clipping and compensation by some more."""
     n, k = quantized.shape
     total = 0.0
-    for part, groups in by_block(np.broadcast_to(np.float32(1), (n, k)), quantized.block_size):
-        total += float((quantized.scales[:, groups].astype(np.float64) ** 2).sum()) * part.shape[-1]
+    if isinstance(quantized, FloatQuantized):
+        total = float(np.square(quantized.steps(wanted).astype(np.float64)).sum())
+    else:
+        for part, groups in by_block(np.broadcast_to(np.float32(1), (n, k)), quantized.block_size):
+            total += float((quantized.scales[:, groups].astype(np.float64) ** 2).sum()) * part.shape[-1]
     norm = float(np.linalg.norm(wanted))
     return min(MOST, max(float(np.sqrt(total)) / norm, 1e-6)) if norm else MOST
 
@@ -247,6 +260,8 @@ def misplaced_codes(
     Codes were chosen by scales in float32: what storing these has moved is not held against them. pruned: neither are
     zeros.
     """
+    if isinstance(quantized, FloatQuantized):
+        return _misplaced_floats(quantized, wanted)
     low, high = Grid(quantized.bits, -1).code_range
     count = 0
     codes: NDArray[Any] = quantized.codes
@@ -261,4 +276,16 @@ def misplaced_codes(
         if pruned:
             off = np.where(q == zero, 0, off)
         count += int((off > 0.5 + TIE).sum())
+    return count
+
+
+def _misplaced_floats(quantized: FloatQuantized, wanted: F32) -> int:
+    """The same of small floats, whose scales are stored as they were chosen."""
+    form, count = quantized.form, 0
+    codes: NDArray[Any] = quantized.codes
+    block = quantized.block_size
+    for (w, groups), (q, _) in zip(by_block(wanted, block), by_block(codes, block), strict=True):
+        x: F32 = np.clip(w / quantized.scales[:, groups, None], -form.top, form.top).astype(np.float32)
+        off = np.abs(x - form.values(q)) - np.abs(x - form.nearest(x))
+        count += int((off > TIE * form.steps(x)).sum())
     return count

@@ -16,6 +16,7 @@ import torch
 from rqc.compiler.adapters.bases import short
 from rqc.compiler.adapters.merge import FOLD
 from rqc.compiler.adapters.sources import RESERVED, AdapterOption, AdapterSource, parse_sources
+from rqc.compiler.float4_on_cpu import Float4File
 from rqc.compiler.scheme import Scheme
 from rqc.compiler.text import parity_text, read_text
 from rqc.compiler.verify.adapted import Adapted, check_presence
@@ -136,7 +137,7 @@ def verify_engine(
         _same_model(file, model_dir)
         sources = parse_sources(adapter)
         check_presence(file, sources)
-        with _threads(threads), Engine(file, threads=threads, spin=False) as loaded:
+        with _threads(threads), _loaded(file, threads) as loaded:
             ids = list(token_ids) if token_ids is not None else loaded.tokenize(_text(text))
             windows = cut(ids, tokens, min(window, loaded.context_length))
             if not windows:
@@ -329,6 +330,14 @@ class _Verification:
         if self.file.manifest.get("sparsity") is not None:
             gates.append(Gate("sparsity", float(sum(found.crowded for found in self.weights)), 0.0))
         return gates
+
+
+def _loaded(file: EngineFile, threads: int | None) -> Engine:
+    """The engine; ONNX Runtime looks up 4-bit floats."""
+    if file.manifest.get("weights") != "nvfp4":
+        return Engine(file, threads=threads, spin=False)
+    with Float4File.open(file.path) as lookup:
+        return Engine(lookup, threads=threads, spin=False)
 
 
 def _same_model(file: EngineFile, model_dir: str | Path) -> None:

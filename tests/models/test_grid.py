@@ -202,7 +202,7 @@ def test_a_row_depends_on_itself_alone(bits: int, group: int, symmetric: bool, m
     assert np.array_equal(p.packed_codes(), q.packed_codes()[order])
     assert np.array_equal(p.packed_zero_points(), q.packed_zero_points()[order])
     for chunk, threads in ((1, 1), (1, 4), (2000, 3), (1 << 20, None)):
-        monkeypatch.setattr(grid_module, "_CHUNK", chunk)
+        monkeypatch.setattr(grid_module, "CHUNK", chunk)
         assert same(quantize(w, grid, threads=threads), q)
 
 
