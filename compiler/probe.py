@@ -34,7 +34,7 @@ def run_stage(model: ir.Model, token_ids: Sequence[int] | NDArray[np.int64], *, 
     with scratch_folder("stage") as folder:
         path = Path(folder) / "stage.onnx"
         save_stage(model, path)
-        _let_look_up(model, path)
+        let_look_up(model, path)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # TensorScatter warns that it copies
@@ -45,7 +45,7 @@ def run_stage(model: ir.Model, token_ids: Sequence[int] | NDArray[np.int64], *, 
         return run_session(session, np.asarray(token_ids, np.int64))
 
 
-def _let_look_up(model: ir.Model, path: Path) -> None:
+def let_look_up(model: ir.Model, path: Path) -> None:
     """Let a saved stage look 4-bit floats up, if it has some."""
     if any(value.dtype == ir.DataType.FLOAT4E2M1 for value in model.graph.initializers.values()):
         stage = onnx.load(path, load_external_data=False)

@@ -9,8 +9,9 @@ W [N, K] ~ value(code) s, with the values of `models.small_floats`:
   NVIDIA describes as NVFP4 and checkpoints of compressed-tensors call by its preset, NVFP4A16.
 * code = round(w / s), halves to even; beyond the largest value, that.
 
-The clip search takes the s of least squared error instead: for fp8 from an octave of scales below, in eight steps; for
-nvfp4 from the ten E4M3 values down from max |block| / 4 (the largest weight may be a 4, where the values lie closer).
+The search of --clip mse takes the s of least squared error instead: for fp8 from the octave above, in eight steps
+(floats lose by clipping, but other scales put the largest weights nearer to their values); for nvfp4 from the ten E4M3
+values down from max |block| / 4 (the largest weight may be a 4, where the values lie closer).
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def _candidates(blocks: F32, grid: FloatGrid, unit: np.float32) -> Iterator[F32]
     if grid.kind == "fp8":
         whole = largest / np.float32(E4M3.top)
         for step in range(_OCTAVE if grid.clip == "mse" else 1):
-            yield _eight_bits(whole * np.float32(2.0 ** (-step / _OCTAVE)))
+            yield _eight_bits(whole * np.float32(2.0 ** (step / _OCTAVE)))
         return
     yield _scale_of(E4M3.codes(largest / (np.float32(E2M1.top) * unit)).astype(np.int16), unit)
     if grid.clip == "mse":

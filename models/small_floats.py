@@ -68,11 +68,12 @@ class SmallFloat:
 
     def nearest(self, x: F32) -> F32:
         """The nearest value to each finite x."""
-        steps = self.steps(x)
-        out = np.divide(x, steps)
+        out = np.clip(x, np.float32(-self.top), np.float32(self.top))
+        steps = self.steps(out)
+        out /= steps
         np.rint(out, out=out)
         out *= steps
-        return np.clip(out, np.float32(-self.top), np.float32(self.top), out=out)
+        return out
 
     def codes(self, x: F32) -> U8:
         """The code of the nearest value to each finite x, one to a byte."""

@@ -13,6 +13,12 @@ from typing import Any
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError
 
+_FLOATS = {
+    "fp8": "weights are 8-bit floats (e4m3), with one scale per output channel",
+    "nvfp4": "weights are 4-bit floats (e2m1) in blocks of 16, with 8-bit float scales (e4m3) and one scale per tensor",
+}
+"""Weights of small floats, by what the manifest calls them."""
+_NO_FALLBACK = "it runs by its plan alone: ONNX Runtime has no kernels for 4-bit floats on a CPU (w4a16 runs there too)"
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 
 
@@ -219,10 +225,14 @@ def execution_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, A
 
 def tensorrt_notes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> list[str]:
     """How TensorRT and, where no plan runs, ONNX Runtime compute an engine of a TensorRT target."""
+    weights = manifest.get("weights")
     bits = {(layer["bits"], layer["storage_bits"]) for layer in layers if "bits" in layer and "storage_bits" in layer}
     return [
         f"computed in {manifest.get('dtype', 'fp16')}, activations: {manifest.get('activations')}",
-        "where no plan runs, ONNX Runtime computes the same graph on the CPU with float products",
+        *([_FLOATS[weights]] if weights in _FLOATS else []),
+        _NO_FALLBACK
+        if weights == "nvfp4"
+        else "where no plan runs, ONNX Runtime computes the same graph on the CPU with float products",
         *(f"{own}-bit weights are stored in {stored} bits" for own, stored in sorted(bits) if own != stored),
     ]
 

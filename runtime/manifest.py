@@ -18,6 +18,7 @@ _HINT = "copy or compile the engine again"
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "target": str,
     "dtype": str,
+    "weights": str,
     "plans": list,
     "profile": dict,
     "sms": list,

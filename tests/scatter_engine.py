@@ -40,6 +40,7 @@ class Scatter:
     prompt: int = 16
     adapters: int = 0
     static: bool = False
+    weights: str | None = None  # what the manifest says of them
     target: str = "tensorrt-rtx"
 
 
@@ -200,7 +201,8 @@ def write_scatter(
     """An engine with one plan (by default the graph itself), or with none; `changes` are the record's."""
     manifest: dict[str, Any] = {
         "target": made.target,
-        "scheme": "w4a16",
+        "scheme": "w4a16" if made.weights is None else f"{made.weights}a16",
+        **({} if made.weights is None else {"weights": made.weights}),
         "group_size": BLOCK,
         "dtype": made.dtype,
         "context_length": made.length,

@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.passlist import frame, grids
-from rqc.compiler.probe import save_stage
+from rqc.compiler.probe import let_look_up, save_stage
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.targets import tensorrt
 from rqc.compiler.targets.settle import settled
@@ -50,6 +50,7 @@ def session(model: ir.Model) -> ort.InferenceSession:
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     with tempfile.TemporaryDirectory() as folder:
         save_stage(model, Path(folder) / "stage.onnx")
+        let_look_up(model, Path(folder) / "stage.onnx")
         return ort.InferenceSession(Path(folder) / "stage.onnx", options, providers=["CPUExecutionProvider"])
 
 

@@ -113,11 +113,12 @@ def on_grid(recipe: Recipe, adapters: Sequence[Adapter], progress: Progress) -> 
         progress.line(f"scheme {scheme}: the adapter was trained for it")
     if grid is None:
         return recipe
-    if recipe.scheme.weight_bits != grid.bits:
-        fitting = ", ".join(name for name, scheme in SCHEMES.items() if scheme.weight_bits == grid.bits)
+    if recipe.scheme.small_floats or recipe.scheme.weight_bits != grid.bits:
+        whole = (scheme for scheme in SCHEMES.values() if not scheme.small_floats)
+        fitting = ", ".join(scheme.name for scheme in whole if scheme.weight_bits == grid.bits)
+        what = f"of {recipe.scheme.weight_bits} bits" if not recipe.scheme.small_floats else "of floats"
         raise SchemeError(
-            f"--scheme {recipe.scheme} has weights of {recipe.scheme.weight_bits} bits, the adapter was trained on a "
-            f"base of {grid.bits}",
+            f"--scheme {recipe.scheme} has weights {what}, the adapter was trained on a base of {grid.bits} bits",
             hint=f"--scheme {fitting.replace(', ', ' or ')}",
         )
     brought: dict[str, Any] = {"group_size": grid.group_size, "symmetric": grid.symmetric, "clip": grid.clip}

@@ -39,7 +39,9 @@ def _obstacles(manifest: Mapping[str, Any], description: Description) -> Iterato
     linears = {name: bits for name, bits in widths.items() if name.split("+")[0] in description.by_weight}
     other = next((name for name, bits in linears.items() if bits != BITS), None)
     scheme = Scheme.parse(manifest["scheme"])
-    if other is not None:
+    if scheme.small_floats:
+        yield f"its weights are floats ({scheme})", "with --scheme w4a16"
+    elif other is not None:
         yield f"{other} has {linears[other]} bits", _with_widths(scheme)
     if not manifest["symmetric"]:
         yield "its codes have zero points", "with --symmetric"

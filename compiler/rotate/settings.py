@@ -84,6 +84,11 @@ class RotateSettings:
                 "are the same",
                 hint="--weights rtn, or a scheme of rounded activations such as w4a4",
             )
+        if self.scheme.small_floats:
+            raise SchemeError(
+                f"rotations are learned for grids of integers, --scheme {self.scheme} has weights of floats",
+                hint="--scheme w4a16 --weights rtn learns one that such an engine takes too",
+            )
         if not self.scheme.quantized and self.weights == "rtn":
             raise SchemeError(f"--weights rtn with --scheme {self.scheme}, which rounds none", hint="--scheme w4a4")
         if (eight or self.scheme.activation_bits >= 16) and not (

@@ -19,7 +19,6 @@ FLOAT8, FLOAT4 = ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1
 CODES = (ir.DataType.INT4, ir.DataType.INT8, ir.DataType.UINT4, ir.DataType.UINT8, FLOAT8, FLOAT4)
 KINDS = {ir.DataType.INT4: "int4", ir.DataType.UINT4: "int4", FLOAT8: "fp8", FLOAT4: "fp4"}
 """Types of codes that not every GPU computes with."""
-FLOAT4_BLOCK = 16
 ONNX_WAY = "--target onnx runs it"
 
 
@@ -100,20 +99,18 @@ def _mixed(node: ir.Node) -> str | None:
     if node.op_type != "MatMul":
         return None
     x, weight = (_behind(value.producer()) if value is not None else None for value in node.inputs[:2])
-    codes = [one.inputs[0] if one is not None and one.op_type == "DequantizeLinear" else None for one in (x, weight)]
-    kinds = [value.dtype if value is not None else None for value in codes]
-    return "multiplies 8-bit floats with 4-bit integers" if kinds == [FLOAT8, ir.DataType.INT4] else None
+    mixed = (_read_back(x), _read_back(weight)) == (FLOAT8, ir.DataType.INT4)
+    return "multiplies 8-bit floats with 4-bit integers" if mixed else None
 
 
-def _float4(node: ir.Node) -> str | None:
-    """4-bit floats in other blocks than of 16, or under other scales than 8-bit floats with a scale of their own."""
-    codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-    if codes is None or codes.dtype != FLOAT4:
-        return None
-    size = node.attributes.get("block_size")
-    if size is None or size.as_int() != FLOAT4_BLOCK:
-        return f"has 4-bit floats in other blocks than of {FLOAT4_BLOCK}"
-    return None if _two_levels(node) else "has 4-bit floats under scales that are no 8-bit floats"
+def _read_back(node: ir.Node | None) -> int | None:
+    """The type of the codes that a DequantizeLinear reads, stored or rounded by the graph."""
+    codes = node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None
+    there = None if codes is None else codes.producer()
+    stated = None if there is None else there.attributes.get("output_dtype")
+    if codes is None or stated is None:
+        return None if codes is None else codes.dtype
+    return stated.as_int()
 
 
 def _two_levels(node: ir.Node) -> bool:
@@ -165,7 +162,6 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (_asymmetric, "SymmetricCodes moves zero points into a product of block sums"),
     (_silently_wrong, "round activations per token, or --group-size -1"),
     (_mixed, "round no activations to 8-bit floats"),
-    (_float4, "StoreFloat4 stores them"),
     (_blocks, "StoreColumns pads blocks; 8 bits take --group-size -1"),
     (_attention, "ScatterCache takes caches and soft caps out of it"),
     (_constant_codes, "put DequantizeLinear in front"),

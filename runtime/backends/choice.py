@@ -58,21 +58,31 @@ def open_backend(
                 plans, found = [found.plan], [error.message]
         reason = "; ".join(map(_does_not_run, found, plans))
     if wanted == "tensorrt":
-        raise TargetError(reason, hint=_RUNS_ON_CPU if plans else _build_hint(manifest))
+        on_cpu = plans and _no_kernels(manifest) is None
+        raise TargetError(reason, hint=_RUNS_ON_CPU if on_cpu else _build_hint(manifest))
     return Opened(
         _onnxruntime(file, threads, spin, reason), "onnxruntime", f"{reason}; ONNX Runtime runs its ONNX part"
     )
 
 
 def _onnxruntime(file: EngineFile, threads: int | None, spin: bool, reason: str | None) -> OrtBackend:
-    """Raises TargetError for graphs whose float type ONNX Runtime does not compute with on a CPU."""
-    if file.manifest.get("dtype") == "bf16":
+    """Raises TargetError for graphs that ONNX Runtime does not compute on a CPU."""
+    if (found := _no_kernels(file.manifest)) is not None:
+        said, way = found
         why = f"; {reason}" if reason else ""
-        raise TargetError(
-            f"this engine computes in bf16, for which ONNX Runtime has no kernels on a CPU{why}",
-            hint="compile with --dtype fp16 to run on a CPU as well",
-        )
+        raise TargetError(f"{said}, for which ONNX Runtime has no kernels on a CPU{why}", hint=way)
     return OrtBackend(file, threads=threads, spin=spin)
+
+
+def _no_kernels(manifest: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(what of an engine ONNX Runtime has no kernels for, the way out), or None."""
+    if manifest.get("dtype") == "bf16":
+        return "this engine computes in bf16", "compile with --dtype fp16 to run on a CPU as well"
+    if manifest.get("weights") == "nvfp4":
+        scheme = manifest.get("scheme")
+        way = "a GPU of SM 120 or later runs its plan; compile with --scheme w4a16 to run on a CPU as well"
+        return f"this engine's weights are 4-bit floats ({scheme})", way
+    return None
 
 
 def _does_not_run(why: str, plan: Plan) -> str:

@@ -12,6 +12,9 @@ from rqc.compiler.recipe import Recipe, parse_size
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.runtime.errors import InputError, RotationError, RqcError, SchemeError, TargetError
 
+FP8 = {"scheme": "fp8a16", "target": "tensorrt-rtx"}
+NVFP4 = {"scheme": "nvfp4a16", "target": "tensorrt-rtx"}
+
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "recipe.toml"
@@ -153,6 +156,8 @@ def test_scheme_names_say_their_bits() -> None:
         if name.startswith("w"):
             assert name == f"w{scheme.weight_bits}a{scheme.activation_bits}"
             assert scheme.quantized
+            assert not scheme.small_floats
+    assert [name for name, scheme in SCHEMES.items() if scheme.small_floats] == ["fp8a16", "nvfp4a16"]
     assert not SCHEMES["fp16"].quantized
     assert [name for name, scheme in SCHEMES.items() if scheme.quantizes_activations] == [
         "w8a8",
@@ -166,6 +171,17 @@ def test_scheme_names_say_their_bits() -> None:
     ("values", "error", "said", "hinted"),
     [
         ({"compensate": "lora"}, SchemeError, "lora", "eora"),
+        ({"scheme": "fp8a16"}, SchemeError, "fp8a16 on onnx", "w8a16"),
+        ({"scheme": "nvfp4a16"}, SchemeError, "nvfp4a16 on onnx", "w4a16"),
+        ({**FP8, "group_size": 32}, SchemeError, "one scale per output channel", "--group-size -1"),
+        ({**NVFP4, "group_size": 32}, SchemeError, "one scale per block of 16", "--group-size 16"),
+        ({**NVFP4, "symmetric": False}, SchemeError, "--asymmetric with --scheme nvfp4a16", "w4a16"),
+        ({**FP8, "method": "gptq"}, SchemeError, "--method gptq with --scheme fp8a16", "w8a16"),
+        ({**FP8, "compensate": "eora"}, SchemeError, "--compensate eora", "leave it out"),
+        ({**NVFP4, "sparsity": "2:4"}, SchemeError, "--sparsity 2:4", "leave it out"),
+        ({**NVFP4, "bits_budget": 3.0}, SchemeError, "--bits-budget", "w4a16"),
+        ({**NVFP4, "layers": [{"match": "*", "bits": 8}]}, SchemeError, "layers with --scheme nvfp4a16", "w4a16"),
+        ({**FP8, "adapter": "a", "merge": "zero-point"}, SchemeError, "--merge zero-point", "leave it out"),
         ({"sparsity": "1:4"}, SchemeError, "1:4", "2:4"),
         ({"sparsity": "2:4", "prune": "random"}, SchemeError, "random", "magnitude"),
         ({"prune": "wanda"}, SchemeError, "--prune wanda without --sparsity", "--sparsity 2:4"),

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rqc.compiler.targets.guards import check_graph, violations
 from rqc.compiler.targets.settle import settled
 from rqc.runtime import build_worker
+from rqc.runtime.capabilities import check_gpu, checked_sms, default_sms, sm_obstacles
 from rqc.runtime.errors import TargetError
 
 BUILDER = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -27,6 +28,7 @@ FLOAT, HALF, INT4, UINT4, INT8 = (
     TensorProto.UINT4,
     TensorProto.INT8,
 )
+FLOAT8, FLOAT4 = TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1
 Made = tuple[list[Any], list[Any]]
 
 
@@ -136,6 +138,27 @@ def attention(outputs: int = 1, **attributes: float) -> onnx.ModelProto:
     return graph(flat, [shape, *([past] if outputs > 1 else [])])
 
 
+def float4() -> Made:
+    """w [K, N] of 4-bit floats in blocks of 16, under 8-bit float scales with a scale of their own."""
+    values = np.resize(np.asarray([0.5, -6, 3, 0, 1.5], np.float32), K * N)
+    inner = helper.make_node("DequantizeLinear", ["fine", "unit"], ["scales"], name="scales")
+    outer = helper.make_node("DequantizeLinear", ["codes", "scales"], ["w"], name="weight", axis=0, block_size=16)
+    fine = helper.make_tensor("fine", FLOAT8, (K // 16, N), np.full(K // 16 * N, 1.5))
+    return [inner, outer], [helper.make_tensor("codes", FLOAT4, (K, N), values), fine, scales("unit")]
+
+
+def float8() -> onnx.ModelProto:
+    return graph(*product(weight(FLOAT8, None)))
+
+
+def mixed() -> onnx.ModelProto:
+    return together(rounded(FLOAT8), product(weight(block=None), x="r"))
+
+
+def silent_float4() -> onnx.ModelProto:
+    return together(rounded(), product(float4(), x="r"))
+
+
 def gathered_codes() -> onnx.ModelProto:
     place = helper.make_node("Cast", ["x"], ["i"], name="place", to=TensorProto.INT64)
     gather = helper.make_node("Gather", ["codes", "i"], ["q"], name="gather")
@@ -156,6 +179,8 @@ RULES: list[tuple[Callable[[], onnx.ModelProto], str, str | None]] = [
     (computed_scales, "DequantizeLinear weight has scales that are computed", None),
     (lambda: attention(3), "Attention odd has more than one output", "only supports Attention nodes with one output"),
     (lambda: attention(softcap=30.0), "Attention odd has a softcap", None),
+    (mixed, "MatMul product multiplies 8-bit floats with 4-bit integers", "CHECK(opndA->type() == opndB->type())"),
+    (silent_float4, "MatMul product multiplies statically rounded activations with weights in blocks", None),
     (
         gathered_codes,
         "Gather gather reads the codes codes, which only DequantizeLinear may",
@@ -173,7 +198,7 @@ def refusal(model: onnx.ModelProto, sms: tuple[int, ...] = (86,)) -> TargetError
 
 @pytest.mark.parametrize(("make", "told"), [rule[:2] for rule in RULES], ids=IDS)
 def test_a_rule_that_is_broken_is_told_with_its_node(make: Callable[[], onnx.ModelProto], told: str) -> None:
-    error = refusal(make())
+    error = refusal(make(), (120,))
     assert error.message.startswith("tensorrt-rtx cannot build this graph: ")
     assert told in error.message
     assert error.message.count(";") == 0
@@ -229,12 +254,12 @@ def test_each_capability_that_cannot_be_is_named() -> None:
     assert settle(target="tensorrt").sm == ()
 
 
-def built(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> str:
+def built(model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, sms: Sequence[int] = (86,)) -> str:
     """What TensorRT-RTX says against a graph, or nothing."""
     import tensorrt_rtx as trt
 
     monkeypatch.chdir(tmp_path)
-    job: dict[str, Any] = {"module": "tensorrt_rtx", "sms": [86], "profiles": []}
+    job: dict[str, Any] = {"module": "tensorrt_rtx", "sms": list(sms), "profiles": []}
     try:
         plan = build_worker.Build(trt, job).run(model.SerializeToString())
     except build_worker.Refused as error:
@@ -257,3 +282,46 @@ def test_what_is_wrong_without_a_word_builds_as_well_as_what_is_right(
     make: Callable[[], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     assert built(make(), monkeypatch, tmp_path) == ""
+
+
+FLOATS: list[tuple[Callable[[], onnx.ModelProto], str, tuple[int, ...], str]] = [
+    (float8, "8-bit float weights on SM 80, SM 86", (80, 86, 89, 120), "fp8_e4m3"),
+    (lambda: graph(*product(float4())), "4-bit float weights on SM 80, SM 89", (80, 89, 120), "fp4_e2m1"),
+]
+
+
+@pytest.mark.parametrize(("make", "told", "sms", "said"), FLOATS, ids=["fp8", "fp4"])
+def test_small_floats_are_refused_where_there_is_no_such_type(
+    make: Callable[[], onnx.ModelProto],
+    told: str,
+    sms: tuple[int, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
+) -> None:
+    """One that is too old fails the whole build; what is left builds."""
+    error = refusal(make(), sms)
+    assert error.message.count(" on SM") == 1
+    assert told in error.message
+    newest = sms[-1:]
+    check_graph(ir.from_proto(make()), "tensorrt-rtx", newest)
+    if BUILDER:
+        assert said in built(make(), monkeypatch, tmp_path, sms)
+        assert built(make(), monkeypatch, tmp_path, newest) == ""
+
+
+def test_every_kind_of_weight_narrows_the_usual_capabilities() -> None:
+    assert [default_sms(kinds) for kinds in ((), ("int4",), ("fp8",), ("fp4", "int4"))] == [
+        (80, 86, 89, 120),
+        (80, 86, 89, 120),
+        (89, 120),
+        (120,),
+    ]
+    assert checked_sms("tensorrt", (), {"fp8"}) == ()
+    [(told, way)] = sm_obstacles("tensorrt-rtx", (75, 86), {"fp4", "int4"})
+    assert told == "TensorRT-RTX has no 4-bit float weights on SM 75, SM 86"
+    assert "--sm 120" in way
+    check_gpu(100, {"fp4"})
+    check_gpu(80, {"int4"})
+    with pytest.raises(TargetError, match="8-bit float weights from SM 89 on, the GPU is SM 86"):
+        check_gpu(86, {"fp8"})

@@ -56,6 +56,9 @@ SCHEMES: list[dict[str, Any]] = [
     {"scheme": "w2a16", "group_size": 32},
     {"scheme": "w2a16", "group_size": 16, "symmetric": False},
     {"scheme": "fp16"},
+    {"scheme": "fp8a16"},
+    {"scheme": "nvfp4a16"},
+    {"scheme": "nvfp4a16", "clip": "none", "embedding_bits": 4, "head_bits": 16},
 ]
 
 
@@ -97,10 +100,10 @@ def test_every_weight_only_scheme_is_lowered_exactly(options: dict[str, Any], ti
     assert drift(before, logits(model)) <= EXACT
     CastFloats("fp16")(model)
     assert drift(before, logits(model)) <= HALF
-    kinds = {value.dtype for value in model.graph.initializers.values()}
+    kinds = {v.dtype for v in model.graph.initializers.values() if not (v.name or "").endswith(".float4.unit")}
     assert ir.DataType.FLOAT not in kinds
     assert not kinds & {ir.DataType.UINT4, ir.DataType.UINT8}
-    guards.check_graph(model, "tensorrt-rtx", (80, 86))
+    guards.check_graph(model, "tensorrt-rtx", {"fp8a16": (89,), "nvfp4a16": (120,)}.get(options["scheme"], (80, 86)))
 
 
 def test_signed_scales_cost_a_correction_and_positive_ones_none(tiny_model: TinyModel) -> None:
@@ -162,14 +165,15 @@ def test_rotations_go_along(sites: str, tiny_model: TinyModel) -> None:
     assert drift(before, logits(model)) <= HALF
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "fp16"])
+@pytest.mark.parametrize("scheme", ["w4a16", "fp16", "nvfp4a16"])
 @pytest.mark.parametrize("how", ["fold", "branch", "zero-point", "switched"])
 def test_adapters_go_along(how: str, scheme: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     """In blocks of 16 and of 64, which 152 inputs fill neither of; every switch on."""
     directory = tiny_model("llama-bias")
-    options: dict[str, Any] = {"scheme": scheme, "merge": how, "group_size": 64, "rotate": "r1,r2,r3,r4"}
+    options: dict[str, Any] = {"scheme": scheme, "merge": how, "rotate": "r1,r2,r3,r4"}
+    options |= {} if scheme == "nvfp4a16" else {"group_size": 64}
     if how == "zero-point":
-        if scheme == "fp16":
+        if scheme in ("fp16", "nvfp4a16"):
             pytest.skip("floats have no zero points")
         basis = basis_of(directory, "r1,r4", **W4, adapter_type="qalora")
         write_adapter(tmp_path / "pooled", random_deltas(directory, pool=16), basis)
@@ -197,7 +201,8 @@ def test_adapters_go_along(how: str, scheme: str, tiny_model: TinyModel, tmp_pat
     assert drift(before, Cached(session(model)).read(TOKENS, gates=gates)[0]) <= HALF
     guards.check_graph(model, recipe.target, recipe.sm)
     if how == "switched":
-        base, _ = lower("llama-bias", tiny_model, scheme=scheme, group_size=64, rotate="r1,r2,r3,r4")
+        plain = {key: value for key, value in options.items() if key not in ("merge", "adapter")}
+        base, _ = lower("llama-bias", tiny_model, **plain)
         assert drift(base, Cached(session(model)).read(TOKENS, gates=[[0, 0]])[0]) <= HALF
 
 

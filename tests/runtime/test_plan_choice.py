@@ -150,6 +150,22 @@ def test_bf16_has_no_kernels_on_a_cpu(tmp_path: Path, backend: str) -> None:
     assert (NO_DEVICE in error.value.message) == (backend == "auto")
 
 
+@pytest.mark.usefixtures("nothing_here")
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "tensorrt"])
+def test_4_bit_floats_have_no_kernels_on_a_cpu(tmp_path: Path, backend: str) -> None:
+    path = write_scatter(tmp_path / "e.plan", Scatter(weights="nvfp4"), plan=b"vtrt")
+    with pytest.raises(TargetError) as error:
+        Engine.load(path, backend=backend)
+    if backend == "tensorrt":
+        assert NO_DEVICE in error.value.message
+        assert "onnxruntime" not in error.value.hint
+    else:
+        assert "4-bit floats (nvfp4a16), for which ONNX Runtime has no kernels on a CPU" in error.value.message
+        assert (NO_DEVICE in error.value.message) == (backend == "auto")
+        assert "SM 120" in error.value.hint
+        assert "w4a16" in error.value.hint
+
+
 def test_running_on_a_cpu_imports_no_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_choice.importlib, "import_module", absent)
     monkeypatch.setattr(choice, "choose", lambda listed: choose(listed, find_device=lambda: NO_DEVICE))
