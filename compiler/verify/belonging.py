@@ -261,7 +261,7 @@ def misplaced_codes(
     zeros.
     """
     if isinstance(quantized, FloatQuantized):
-        return _misplaced_floats(quantized, wanted)
+        return _misplaced_floats(quantized, wanted, precision)
     low, high = Grid(quantized.bits, -1).code_range
     count = 0
     codes: NDArray[Any] = quantized.codes
@@ -279,13 +279,16 @@ def misplaced_codes(
     return count
 
 
-def _misplaced_floats(quantized: FloatQuantized, wanted: F32) -> int:
-    """The same of small floats, whose scales are stored as they were chosen."""
+def _misplaced_floats(quantized: FloatQuantized, wanted: F32, precision: Precision) -> int:
+    """The same of small floats. A scale that is off by a share moves both distances by that share of the weight."""
     form, count = quantized.form, 0
     codes: NDArray[Any] = quantized.codes
     block = quantized.block_size
     for (w, groups), (q, _) in zip(by_block(wanted, block), by_block(codes, block), strict=True):
-        x: F32 = np.clip(w / quantized.scales[:, groups, None], -form.top, form.top).astype(np.float32)
+        scale = quantized.scales[:, groups, None]
+        x: F32 = np.clip(w / scale, -form.top, form.top).astype(np.float32)
         off = np.abs(x - form.values(q)) - np.abs(x - form.nearest(x))
+        if precision.unit:
+            off -= 2 * np.abs(x) * precision.of_scales(scale.astype(np.float64))
         count += int((off > TIE * form.steps(x)).sum())
     return count

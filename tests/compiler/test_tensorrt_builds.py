@@ -84,6 +84,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama-tied", {"scheme": "w2a16", "dtype": "bf16"}),
     ("smollm3", {"scheme": "fp16"}),
     ("llama-bias", {"scheme": "fp32"}),
+    ("phi3", {"scheme": "fp8a16", "sm": "89", "rotate": "r1,r2,r3,r4"}),
+    ("mixtral", {"scheme": "fp8a16", "sm": "89,120", "dtype": "bf16"}),
+    ("llama-tied", {"scheme": "nvfp4a16", "sm": "120", "rotate": "r1,r2,r3,r4"}),
+    ("gemma3", {"scheme": "nvfp4a16", "sm": "120,121", "embedding_bits": 4}),
+    ("qwen2", {"scheme": "nvfp4a16", "sm": "120", "dtype": "fp32"}),
 ]
 
 
@@ -96,7 +101,7 @@ def test_schemes_rotations_and_families_build(
         directory = give_voice(directory)
         options = {**options, "calibration_samples": 2, "calibration_length": 32}
     report = compile_engine(directory, tmp_path / "e.plan", **{**QUICK, **options})
-    plan_of(tmp_path / "e.plan")
+    plan_of(tmp_path / "e.plan", f"device/tensorrt-rtx-{options.get('sm', '86').replace(',', '-')}.plan")
     assert report.size_bytes == (tmp_path / "e.plan").stat().st_size
     assert os.listdir(tmp_path) == ["e.plan"]
 
@@ -164,6 +169,46 @@ def test_equal_inputs_give_equal_plans(made: Path, pending: Path, tmp_path: Path
     other.write_bytes(pending.read_bytes())
     add_plan(other, target="tensorrt-rtx", sm="86")
     assert plan_of(other) == plan_of(made)
+
+
+@pytest.mark.parametrize(("scheme", "sms"), [("fp8a16", "89-120"), ("nvfp4a16", "120")])
+def test_small_floats_are_built_for_what_has_them(
+    scheme: str, sms: str, rqc: Callable[..., Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """The usual capabilities are narrowed, and that is told; those that are named are not. The plan built later is the
+    same."""
+    path, entry = tmp_path / "e.plan", f"device/tensorrt-rtx-{sms}.plan"
+    options = ["--scheme", scheme, "--rotate", "none", "--profile", PROFILE, "--target", "tensorrt-rtx"]
+    done = rqc("compile", tiny_model("llama16"), "-o", path, *options)
+    assert done.code == 0, done.err
+    assert f"sm {sms.replace('-', ',')}: TensorRT-RTX has {'8' if scheme == 'fp8a16' else '4'}-bit float" in done.err
+    first = plan_of(path, entry)
+    done = rqc("compile", tiny_model("llama16"), "-o", path, *options, "--portable")
+    assert done.code == 0, done.err
+    add_plan(path, target="tensorrt-rtx")
+    assert plan_of(path, entry) == first
+    before = digest(path)
+    for command in (("build", path, *options[-2:]), ("compile", tiny_model("llama16"), "-o", path, *options)):
+        refused = rqc(*command, "--sm", "80,86,120")
+        assert refused.code == 2
+        assert "float weights on SM 80, SM 86" in refused.err.splitlines()[-2]
+    assert digest(path) == before
+
+
+def test_an_engine_of_4_bit_floats_says_that_it_runs_by_its_plan_alone(
+    rqc: Callable[..., Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "e.plan"
+    options = ["--scheme", "nvfp4a16", "--rotate", "none", "--target", "tensorrt-rtx", "--portable"]
+    assert rqc("compile", give_voice(tiny_model("llama-tied")), "-o", path, *options).code == 0
+    done = rqc("run", path, "-p", "x")
+    assert done.code == 2
+    assert "weights are 4-bit floats (nvfp4a16)" in done.err.splitlines()[-2]
+    assert "w4a16" in done.err.splitlines()[-1]
+    told = rqc("inspect", path).out
+    assert "it runs by its plan alone" in told
+    assert "where no plan runs" not in told
+    assert "nvfp4a16, groups of 16" in told
 
 
 def test_all_capabilities_go_into_one_plan(pending: Path) -> None:
@@ -410,16 +455,26 @@ def test_every_pass_of_a_compile_can_be_verified(tiny_model: TinyModel, tmp_path
     assert all(drift is not None for drift in drifts.values())
 
 
-def test_weights_stay_4_bit_in_the_plan(tiny_model: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({"scheme": "w4a16", "group_size": 128, "sm": "86"}, 4, 4.8),
+        ({"scheme": "fp8a16", "sm": "89"}, 8, 8.3),
+        ({"scheme": "nvfp4a16", "sm": "120"}, 4.5, 5),
+    ],
+    ids=["w4a16", "fp8a16", "nvfp4a16"],
+)
+def test_weights_stay_as_narrow_in_the_plan(
+    options: dict[str, Any], least: float, most: float, tiny_model: TinyModel, tmp_path: Path
+) -> None:
     """Two models that differ by their MLPs alone: what is fixed cancels out, and codes and scales remain."""
     shape = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
     sizes, weights = [], []
     for width in (512, 2048):
         directory = tiny_model("llama16", **shape, intermediate_size=width)
-        options = {**QUICK, "scheme": "w4a16", "group_size": 128, "portable": True, "clip": "none"}
-        compile_engine(directory, tmp_path / "e.plan", **options)
+        compile_engine(directory, tmp_path / "e.plan", **{**QUICK, **options}, portable=True, clip="none")
         with EngineFile.open(tmp_path / "e.plan") as engine:
-            sizes.append(len(build_plan(engine, "tensorrt-rtx", (86,)).data))
+            sizes.append(len(build_plan(engine, "tensorrt-rtx", (int(options["sm"]),)).data))
         weights.append(2 * 3 * 1024 * width)
     bits = 8 * (sizes[1] - sizes[0]) / (weights[1] - weights[0])
-    assert 4 < bits <= 4.8
+    assert least < bits <= most

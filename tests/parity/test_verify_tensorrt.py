@@ -16,19 +16,22 @@ from tiny_adapters import basis_of, failed, random_deltas, save_peft, talking, v
 from rqc.compiler.api import compile_engine
 from rqc.compiler.importer import import_model
 from rqc.compiler.verify.engine import ParityReport
+from rqc.models import float_grid
 from rqc.models.adapter import write_adapter
 from rqc.models.adapter_names import torch_names
+from rqc.models.float_grid import FloatGrid, FloatQuantized
 from rqc.models.grid import Grid
 from rqc.models.packing import Quantized
-from rqc.passes import branches, store_columns, symmetric_codes
+from rqc.passes import branches, float4, store_columns, symmetric_codes
 from rqc.passes.activations import QuantizeActivations
 from rqc.passes.rotate import Rotate
 from rqc.passes.static_activations import StaticActivations
-from rqc.runtime.errors import EngineFormatError, TargetError
+from rqc.runtime.errors import EngineFormatError, SchemeError, TargetError
 
 ALL = "r1,r2,r3,r4"
 PORTABLE: dict[str, Any] = {"target": "tensorrt-rtx", "portable": True}
 SHORT = {"calibration_samples": 2, "calibration_length": 32}
+FLOATS = ("fp8a16", "nvfp4a16")
 NOTE = "the engine's ONNX part was compared, run by ONNX Runtime: not a TensorRT plan"
 
 
@@ -51,7 +54,9 @@ def directory(tiny_model: TinyModel) -> Path:
     return give_voice(tiny_model("llama-tied", initializer_range=0.1))
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "fp16", "w8a16", "w8a8", "w6a6", "w4a16", "w4a8", "w4a4", "w3a16", "w2a16"])
+@pytest.mark.parametrize(
+    "scheme", ["fp32", "fp16", "w8a16", "w8a8", "w6a6", "w4a16", "w4a8", "w4a4", "w3a16", "w2a16", *FLOATS]
+)
 def test_every_scheme_agrees_with_pytorch(scheme: str, directory: Path, tmp_path: Path) -> None:
     report = checked(directory, tmp_path, scheme)
     assert report.passed, (report.gates, report.notes)
@@ -71,6 +76,9 @@ def test_every_scheme_agrees_with_pytorch(scheme: str, directory: Path, tmp_path
         ("w6a6", {"symmetric": False, "tied": "untie", "dtype": "fp32"}),
         ("w8a8", {"symmetric": False}),
         ("w2a16", {"symmetric": False, "clip": "none", "group_size": -1}),
+        ("fp8a16", {"clip": "none", "dtype": "fp32", "tied": "untie"}),
+        ("nvfp4a16", {"dtype": "fp32", "embedding_bits": 4}),
+        ("nvfp4a16", {"clip": "none", "rotate": "none", "embedding_bits": 16}),
     ],
     ids=str,
 )
@@ -83,7 +91,7 @@ def test_every_form_of_storage_is_read_back(
         assert value(report, "linear_error" if scheme == "w6a6" else "mean_kl") < 1e-6
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "nvfp4a16"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "mixtral"])
 def test_every_kind_of_family_agrees_with_pytorch(
     name: str, scheme: str, tiny_model: TinyModel, tmp_path: Path
@@ -103,12 +111,24 @@ def test_every_kind_of_family_agrees_with_pytorch(
         ("w4a4", {"merge": "branch", "symmetric": False}),
         ("w4a16", {"merge": "fold"}),
         ("w4a8", {"merge": "fold", "symmetric": False}),
+        ("fp8a16", {"merge": "branch"}),
+        ("nvfp4a16", {"merge": "branch"}),
+        ("nvfp4a16", {"merge": "fold"}),
     ],
     ids=str,
 )
 def test_adapters_folded_and_beside(scheme: str, options: dict[str, Any], directory: Path, tmp_path: Path) -> None:
     report = checked(directory, tmp_path, scheme, save_peft(directory, tmp_path / "adapter"), **options)
     assert report.passed, (report.gates, report.notes)
+
+
+def test_a_dora_runs_beside_scales_that_can_be_any_number_and_no_others(directory: Path, tmp_path: Path) -> None:
+    adapter = save_peft(directory, tmp_path / "adapter", use_dora=True)
+    report = checked(directory, tmp_path, "fp8a16", adapter, merge="branch", rotate="none")
+    assert report.passed, (report.gates, report.notes)
+    with pytest.raises(SchemeError, match="scales of NVFP4 are 8-bit floats") as raised:
+        checked(directory, tmp_path, "nvfp4a16", adapter, merge="branch", rotate="none")
+    assert raised.value.hint == "--merge fold"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -161,6 +181,33 @@ def test_one_forged_scale_fails(scheme: str, directory: Path, tmp_path: Path, mo
     assert "misplaced_codes" in failed(checked(directory, tmp_path, scheme))
 
 
+@pytest.mark.parametrize(("scheme", "part"), [("fp8a16", "codes"), ("nvfp4a16", "codes"), ("nvfp4a16", "scale_codes")])
+def test_one_forged_float_fails(
+    scheme: str, part: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One code of a weight, or one scale, is two further on."""
+    plain = float_grid.quantize_floats
+
+    def quantized(w: np.ndarray, grid: FloatGrid) -> FloatQuantized:
+        made = plain(w, grid)
+        found = made.codes if part == "codes" else made.scale_codes()
+        found[3, 1] ^= 2
+        if part != "codes":
+            made.scales[:] = float_grid.E4M3.values(found) * np.float32(made.unit)
+        return made
+
+    monkeypatch.setattr(float_grid, "quantize_floats", quantized)
+    assert "misplaced_codes" in failed(checked(directory, tmp_path, scheme))
+
+
+def test_another_scale_of_a_whole_tensor_fails(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = float4._unit
+    monkeypatch.setattr(float4, "_unit", lambda quantized: plain(quantized) * np.float32(1.2))
+    assert "misplaced_codes" in failed(checked(directory, tmp_path, "nvfp4a16"))
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8"])
 def test_a_missing_correction_fails(
     scheme: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,7 +222,7 @@ def test_a_correction_that_is_off_fails(directory: Path, tmp_path: Path, monkeyp
     assert failed(checked(directory, tmp_path, "w4a16", symmetric=False)) & {"weights", "misplaced_codes"}
 
 
-@pytest.mark.parametrize("scheme", ["fp16", "w4a16", "w8a8"])
+@pytest.mark.parametrize("scheme", ["fp16", "w4a16", "w8a8", *FLOATS])
 def test_weights_that_changed_unseen_fail(scheme: str, directory: Path, tmp_path: Path) -> None:
     compile_engine(
         directory, tmp_path / "e.plan", scheme=scheme, rotate=ALL, **PORTABLE, **(SHORT if scheme == "w8a8" else {})
@@ -192,7 +239,8 @@ def test_weights_that_changed_unseen_fail(scheme: str, directory: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("scheme", "wrong"), [("fp32", "mean_kl"), ("fp16", "mean_kl"), ("w4a16", "mean_kl"), ("w4a8", "equal_codes")]
+    ("scheme", "wrong"),
+    [("fp32", "mean_kl"), ("fp16", "mean_kl"), ("w4a16", "mean_kl"), ("nvfp4a16", "mean_kl"), ("w4a8", "equal_codes")],
 )
 def test_a_rotation_without_its_online_half_fails(
     scheme: str, wrong: str, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
