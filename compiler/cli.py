@@ -167,7 +167,10 @@ def compile_(
         str | None, typer.Option(help="Floats of a TensorRT target: fp16 bf16 fp32.  [default: fp16]")
     ] = None,
     sm: Annotated[
-        str | None, typer.Option(help="Compute capabilities for tensorrt-rtx.  [default: 80,86,89,120]")
+        str | None,
+        typer.Option(
+            help="Compute capabilities for tensorrt-rtx.  [default: 80,86,89,120; fp8a16 from 89, nvfp4a16 from 120 on]"
+        ),
     ] = None,
     profile: Annotated[
         str | None,
