@@ -156,11 +156,14 @@ def copied_bytes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, Any]
     """Bytes of private copies of weights that ONNX Runtime makes on a CPU when it loads an engine.
 
     float16 weights are widened to float32 and packed; a tied table is then there as a table and as a packed head.
-    Linears of small floats are read where they lie.
+    8-bit floats are written out as float32, tables with them; 4-bit ones do not run on a CPU.
     """
+    if manifest.get("weights") == "nvfp4":
+        return 0
+    if manifest.get("weights") == "fp8":
+        return 4 * sum(math.prod(layer["shape"]) for layer in layers if "shape" in layer)
     if manifest.get("scheme") != "fp16":
-        floats = manifest.get("weights") is not None
-        return sum(packed_bytes(layer) for layer in layers if not (floats and "layers." in str(layer.get("name"))))
+        return sum(packed_bytes(layer) for layer in layers)
     architecture = manifest.get("architecture") or {}
     head = int(architecture.get("vocab_size", 0)) * int(architecture.get("hidden_size", 0))
     return 4 * (int(manifest.get("parameters", 0)) + head * bool(architecture.get("tied")))

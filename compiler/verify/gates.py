@@ -26,8 +26,14 @@ CACHE_ERROR = {"int8": 0.1, "int4": 0.25}
 CACHE_FIDELITY = {"int8": 1.01, "int4": 1.05}
 """As PPL_FIDELITY, by how the cache is kept."""
 QUALITY = {
-    **{"fp16": 1.005, "w8a16": 1.02, "w8a8": 1.02, "w6a6": 1.05, "w4a16": 1.25, "w4a8": 1.25},
-    **{"fp8a16": 1.02, "nvfp4a16": 1.25},
+    "fp16": 1.005,
+    "w8a16": 1.02,
+    "w8a8": 1.02,
+    "w6a6": 1.05,
+    "w4a16": 1.25,
+    "w4a8": 1.25,
+    "fp8a16": 1.02,
+    "nvfp4a16": 1.25,
 }
 """ppl_engine / ppl_reference to be expected of a scheme; fp32 is gated by KL, the others are for the user to judge."""
 AT_LEAST = ("top1_agreement", "equal_codes", "equal_cache_codes")

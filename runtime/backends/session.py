@@ -72,6 +72,8 @@ def open_session(engine: EngineFile, threads: int, *, spin: bool = True) -> ort.
     graph = engine.graph()
     if engine.manifest.get("target", "onnx") != "onnx":
         compute_as_written(options, graph)
+    if engine.manifest.get("weights") == "fp8":
+        _write_out(options)
     _refuse_inexact_windows(graph, ort.__version__)
     _refuse_coded_caches(graph, ort.__version__)
     try:
@@ -94,6 +96,15 @@ def compute_as_written(options: ort.SessionOptions, graph: bytes) -> None:
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if _QUANTIZED_ACTIVATION in graph:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+
+
+def _write_out(options: ort.SessionOptions) -> None:
+    """Let ONNX Runtime read 8-bit floats back once, when it loads them, not in every step.
+
+    By trial (1.31.1, SmolLM2-135M, one thread): a step takes 0.04 s instead of 1.0 s, the process holds 0.97 GB instead
+    of 0.73 GB and more with every step.
+    """
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
 
 
 def _refuse_inexact_windows(graph: bytes, version: str) -> None:
