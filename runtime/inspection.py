@@ -161,7 +161,7 @@ def copied_bytes(manifest: Mapping[str, Any], layers: Sequence[Mapping[str, Any]
     if manifest.get("weights") == "nvfp4":
         return 0
     if manifest.get("weights") == "fp8":
-        return 4 * sum(math.prod(layer["shape"]) for layer in layers if "shape" in layer)
+        return sum(4 * math.prod(map(int, layer["shape"])) for layer in layers if "shape" in layer)
     if manifest.get("scheme") != "fp16":
         return sum(packed_bytes(layer) for layer in layers)
     architecture = manifest.get("architecture") or {}
