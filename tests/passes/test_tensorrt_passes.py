@@ -171,7 +171,7 @@ def test_adapters_go_along(how: str, scheme: str, tiny_model: TinyModel, tmp_pat
     """In blocks of 16 and of 64, which 152 inputs fill neither of; every switch on."""
     directory = tiny_model("llama-bias")
     options: dict[str, Any] = {"scheme": scheme, "merge": how, "rotate": "r1,r2,r3,r4"}
-    options |= {} if scheme == "nvfp4a16" else {"group_size": 64}
+    options |= {"group_size": 64} if scheme == "w4a16" else {}
     if how == "zero-point":
         if scheme in ("fp16", "nvfp4a16"):
             pytest.skip("floats have no zero points")
