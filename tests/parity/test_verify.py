@@ -128,7 +128,7 @@ def test_an_unrotated_stream_cannot_pass_for_the_model(
 def test_one_flipped_code_fails(
     scheme: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory, plain = tiny_model("llama", initializer_range=0.1), lazy_quantized.quantize
+    directory, plain = tiny_model("llama", initializer_range=0.1), lazy_quantized.round_to
     flipped: list[bool] = []
 
     def flip(chunk: Any, grid: Any) -> Quantized:
@@ -138,7 +138,7 @@ def test_one_flipped_code_fails(
             made.codes[3, 5] ^= 2
         return made
 
-    monkeypatch.setattr(lazy_quantized, "quantize", flip)
+    monkeypatch.setattr(lazy_quantized, "round_to", flip)
     report = verified(compiled(directory, tmp_path, scheme), directory)
     assert flipped
     assert not report.passed
