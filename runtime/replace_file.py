@@ -100,11 +100,14 @@ def locked_folder(prefix: str, parent: str) -> Iterator[str]:
         _remove_folders(prefix, parent)
         while True:
             folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:  # another owner saw it before the lock was on it, and removed it
+                continue
             _lock(descriptor, wait=True)
             if _is_at(descriptor, folder):
                 break
-            os.close(descriptor)  # another owner saw it before the lock was on it, and removed it
+            os.close(descriptor)  # likewise
     try:
         yield folder
     finally:

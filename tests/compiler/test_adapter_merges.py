@@ -310,7 +310,8 @@ def test_verify_afterwards_knows_the_adapter(
     directory = talking(tiny_model("llama16"), tmp_path / "model")
     fields = {"adapter_type": "qalora"} if pool > 1 else {}
     write_adapter(tmp_path / "adapter", random_deltas(directory, pool=pool), basis_of(directory, "r1,r4", **fields))
-    options = {"adapter": tmp_path / "adapter", "merge": way, "scheme": scheme, "group_size": 16}
+    grid = {} if scheme == "fp32" else {"group_size": 16}
+    options = {"adapter": tmp_path / "adapter", "merge": way, "scheme": scheme, **grid}
     report = compile_engine(directory, tmp_path / "e.plan", verify=True, **options)
     assert report.parity is not None
     assert report.parity["passed"], report.parity

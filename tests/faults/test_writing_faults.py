@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -366,3 +367,20 @@ def test_a_folder_that_only_begins_like_a_builders_is_left_alone(tmp_path: Path)
         with locked_folder("rqc-build-", str(tmp_path)):
             assert Path(folder).is_dir()  # its owner lives
     assert [path.name for path in tmp_path.rglob("*")] == [mine.name, "file"]
+
+
+def test_a_folder_that_another_owner_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = tempfile.mkdtemp, []
+
+    def removed_once(**options: str) -> str:
+        made.append(make(**options))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", removed_once)
+    with locked_folder("rqc-build-", str(tmp_path)) as folder:
+        assert folder == made[1]
+        assert Path(folder).is_dir()

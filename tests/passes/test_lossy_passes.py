@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -46,12 +47,15 @@ def test_every_exact_pass_of_the_whole_list_is_exact(name: str, tiny_model: Tiny
     assert not {"Attention", "GroupQueryAttention"} <= {node.op_type for node in model.graph}
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "fp16", "w8a16", "w8a8", "w6a6", "w4a8", "w4a4", "w3a16", "w2a16"])
-@pytest.mark.parametrize("group_size", [16, -1])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_every_scheme_lowers(scheme: str, group_size: int, symmetric: bool, tiny_model: TinyModel) -> None:
-    options = {"scheme": scheme, "group_size": group_size, "symmetric": symmetric}
-    model, instruments = lowered(tiny_model("llama-tied"), "r1,r2,r4", **options)
+GRIDS = [{"group_size": size, "symmetric": symmetric} for size in (16, -1) for symmetric in (True, False)]
+ROUNDED = ("w8a16", "w8a8", "w6a6", "w4a8", "w4a4", "w3a16", "w2a16")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "grid"), [("fp32", {}), ("fp16", {}), *((scheme, grid) for scheme in ROUNDED for grid in GRIDS)]
+)
+def test_every_scheme_lowers(scheme: str, grid: dict[str, Any], tiny_model: TinyModel) -> None:
+    model, instruments = lowered(tiny_model("llama-tied"), "r1,r2,r4", scheme=scheme, **grid)
     total = drift(run_stage(import_model(tiny_model("llama-tied")).model, probe_tokens(model)), instruments._logits)  # type: ignore[arg-type]
     limit = {"fp32": 2e-6, "fp16": 2e-3, "w8a16": 0.02, "w8a8": 0.03, "w6a6": 0.2, "w4a8": 0.3, "w3a16": 0.6}.get(
         scheme, 1.5
