@@ -65,10 +65,11 @@ def _gained(scores: Mapping[Row, float], kind: str, *, must: bool) -> list[Verdi
 
 
 def _objectives(found: Found) -> list[Verdict]:
-    """Of every row that GPTQ fitted: no linear worse than by rounding to nearest, and the median well below."""
+    """Of every row that GPTQ fitted: no linear worse than by rounding to nearest, and the median well below. Rows with
+    zeros are left out: rounding to nearest keeps all weights."""
     made = []
     for row, one in found.items():
-        if row.method == "gptq" and one["objective"]:
+        if row.method == "gptq" and one["objective"] and "2of4" not in row.kind:
             name, worst = max(one["objective"].items(), key=lambda item: float(item[1]))
             middle = median(one["objective"].values())
             text = f"objective of {row.name} over rounding to nearest: worst {worst:.2f} ({name}), median {middle:.2f}"
