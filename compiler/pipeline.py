@@ -13,7 +13,7 @@ import onnx_ir as ir
 from rqc.compiler import manifest as manifests
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.adapters.reading import open_adapter, survival_of
-from rqc.compiler.calibration.calibrated import calibrated, with_method
+from rqc.compiler.calibration.calibrated import calibrated, reads_text, with_method
 from rqc.compiler.calibration.clips import searched_clips
 from rqc.compiler.calibration.compensation import check_beside, expected, said_of
 from rqc.compiler.calibration.findings import Findings
@@ -94,23 +94,12 @@ def compile_model(
     recipe = recipe or Recipe()
     if output is not None:
         check_target(output)  # before the minutes that it may take to choose a frame
-    if recipe.calibration is not None:
-        read_text(recipe.calibration)  # what is named must be sound, whether this frame is measured or given
     instruments = Instruments(verify_each, dump_ir, progress or Silent())
-    imported = import_model(model_dir)
-    if recipe.rotation_file is not None:
-        recipe.rotation_file.check_model(imported.checkpoint.fingerprint())
-    manifests.check_files(imported)
-    recipe, merge = open_adapter(recipe, imported, instruments.progress)
-    asked, recipe = recipe, settled(recipe, imported.description.architecture, merge)
-    if not asked.sm and (why := narrowed(recipe)) is not None:
-        instruments.progress.line(why)
+    imported, recipe, merge = _opened(model_dir, recipe, instruments.progress)
     if verify_each and recipe.dtype == "bf16":
         raise InputError("--verify-each with --dtype bf16, which ONNX Runtime does not compute", hint="--dtype fp16")
     if recipe.builds and not dry_run:
         require_builder(recipe.target)  # before the minutes of folding
-    check_beside(recipe, merge)
-    recipe = with_widths(with_method(recipe, merge), imported)
     choice = choose(recipe, imported, instruments.progress, merge, measure=not dry_run)
     rotation, recipe = choice.rotation, replace(recipe, method=choice.method)
     recipe, widths = measured_widths(recipe, imported, rotation, merge, instruments.progress, measure=not dry_run)
@@ -147,6 +136,25 @@ def compile_model(
         survival=survival,
         widths=widths,
     )
+
+
+def _opened(model_dir: str | Path, recipe: Recipe, progress: Progress) -> tuple[Imported, Recipe, Merge | None]:
+    """The model and its adapters, and the recipe with all that follows from them alone; no weight is read."""
+    if recipe.calibration is not None:
+        read_text(recipe.calibration)  # what is named must be sound, whether it is looked at or not
+    imported = import_model(model_dir)
+    if recipe.rotation_file is not None:
+        recipe.rotation_file.check_model(imported.checkpoint.fingerprint())
+    manifests.check_files(imported)
+    asked, merge = open_adapter(recipe, imported, progress)
+    recipe = settled(asked, imported.description.architecture, merge)
+    if not asked.sm and (why := narrowed(recipe)) is not None:
+        progress.line(why)
+    check_beside(recipe, merge)
+    recipe = with_widths(with_method(recipe, merge, progress), imported)
+    if any(name.startswith("calibration") for name in recipe.given) and not reads_text(recipe):
+        progress.line("calibration: nothing is measured here, the text is not looked at")
+    return imported, recipe, merge
 
 
 def _peak(*, builds: bool) -> int:

@@ -12,14 +12,13 @@ import onnx
 import onnx_ir
 
 from rqc.compiler.lazy_errors import own_errors
+from rqc.passes.base import LATE, STORAGE
 from rqc.runtime.engine_writer import DEFAULT_NAME, Append, EngineSummary, Weights, write_parts
 from rqc.runtime.errors import EngineFormatError
 from rqc.runtime.onnx_walk import OFFSET_DIGITS, pad_location
 from rqc.runtime.tensors import TENSOR_ALIGNMENT
 
 INLINE_BELOW = 1024  # bytes: smaller tensors stay in graph.onnx, where shape inference sees them
-LATE_KEY = "rqc.late"  # small tensors with this in `meta` lie with the weights all the same
-STORAGE_KEY = "rqc.storage"  # tensors with the same value in `meta` share their bytes
 _CHUNK = 1 << 22
 
 
@@ -64,10 +63,10 @@ def _split(model: onnx_ir.Model) -> tuple[list[_Storage], bytes]:
         tensor = value.const_value
         if tensor is None:
             raise EngineFormatError(f"initializer {name!r} has no value")
-        small = tensor.nbytes < INLINE_BELOW and LATE_KEY not in tensor.meta
+        small = tensor.nbytes < INLINE_BELOW and LATE not in tensor.meta
         if tensor.dtype == onnx_ir.DataType.STRING or small:
             continue
-        key = tensor.meta.get(STORAGE_KEY)
+        key = tensor.meta.get(STORAGE)
         key = ("object", id(tensor)) if key is None else ("storage", key)
         if key not in storages:
             offset = -(-end // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT

@@ -41,7 +41,7 @@ class Steps:
         if tenths > self._tenths:
             self.line(f"{label} {10 * tenths}%{self._left(done, total)}")
         self._tenths = tenths if done < total else 0
-        if not 0 < self._began[1] <= done < total:
+        if not 0 < self._began[1] <= done < total:  # the first of a step, or its end
             self._began = (time.monotonic(), done if done < total else 0)
 
     def _left(self, done: int, total: int) -> str:

@@ -64,14 +64,13 @@ class Recipe:
     tensor. rotate: "auto", or the rotated sites (none of them: no rotation). rotation_file, by the name of "rotation":
     what `rqc rotate` has learned, with the sites, seed and kind that it says of the others. embedding_bits, head_bits:
     16 and 32 are floats; None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text
-    that ships; calibration_samples windows of calibration_length tokens are read from it. device: where the blocks are
-    run that are measured. adapter: PEFT directories,
-    whose sum is merged as `merge` says, or which stay beside the weights to be switched at run time if they have names;
-    a compile fails where less than min_survival is left in a linear. layers: rules that give linears other widths than
-    the scheme's, the last that matches counts; bits_budget: the mean of the bits of all linears of the blocks, which
-    those without a rule fill. given: the options that were asked for by name, which what an adapter brings along does
-    not replace. widths: what rules and budget come to, by weight name, once the model is known; clips: the ratios that
-    were searched, by weight name, once its frame is.
+    that ships; calibration_samples windows of calibration_length tokens are read from it, and run on the device.
+    adapter: PEFT directories, whose sum is merged as `merge` says, or which stay beside the weights to be switched at
+    run time if they have names; a compile fails where less than min_survival is left in a linear. layers: rules that
+    give linears other widths than the scheme's, the last that matches counts; bits_budget: the mean of the bits of all
+    linears of the blocks, which those without a rule fill. given: the options that were asked for by name, which what
+    an adapter brings along does not replace. widths: what rules and budget come to, by weight name, once the model is
+    known; clips: the ratios that were searched, by weight name, once its frame is.
     """
 
     target: str = "onnx"
@@ -127,7 +126,7 @@ class Recipe:
         if self.dtype is not None:
             one_of("dtype", self.dtype, DTYPES, SchemeError)
         self._check_activations()
-        self._check_floats()
+        self._check_grid()
         check_budget(self.scheme, self.layers, self.bits_budget)
         check_compensation(self)
         check_floats(self)
@@ -151,7 +150,7 @@ class Recipe:
         if self.rotate != "auto":
             Rotation(self.rotate, self.hadamard, self.rotation_seed)  # raises RotationError for unknown sites
 
-    def _check_floats(self) -> None:
+    def _check_grid(self) -> None:
         """Raise SchemeError for a grid that was asked for where nothing is rounded."""
         tables = [bits for bits in (self.embedding_bits, self.head_bits) if bits is not None and bits < 16]
         asked = [name for name in ("group_size", "symmetric", "clip") if name in self.given]

@@ -14,7 +14,7 @@ DEFAULT_SMS = (80, 86, 89, 120)
 LEAST_SM = {"int4": 80, "fp8": 89, "fp4": 120}
 """By how weights are stored: the least that TensorRT-RTX builds for."""
 LEAST_GPU = {"fp8": 89, "fp4": 100}
-"""The same of TensorRT, by its documentation."""
+"""The same of TensorRT: Ada and Blackwell are the first with such arithmetic."""
 STORED = {"int4": "4-bit weights", "fp8": "8-bit float weights", "fp4": "4-bit float weights"}
 """The same in words."""
 KINDS = {"fp8": "fp8", "nvfp4": "fp4"}

@@ -44,9 +44,8 @@ def fold_survival(
     weight, that of their sum.
 
     Exact on all rows of a weight with at most 1,024 of them; of a larger one, on 1,024 rows in evenly spaced runs of
-    32: every row has a grid of its own, so a row's rounding does not depend on the others (what NVFP4
-    shares by tensor is that of the run here). Raises CheckpointError for
-    weights that cannot be read.
+    32: every row has a grid of its own, so a row's rounding does not depend on the others (what NVFP4 shares by tensor
+    is that of the run here). Raises CheckpointError for weights that cannot be read.
     """
     names = {id(delta): name for name, several in deltas.items() for delta in several}
     found: dict[str, float] = {}

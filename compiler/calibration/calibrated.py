@@ -39,14 +39,23 @@ def calibrates(recipe: Recipe) -> bool:
     return recipe.scheme.quantized and asked
 
 
-def with_method(recipe: Recipe, merge: Merge | None) -> Recipe:
-    """The recipe with a method that fits: rounding to nearest for `auto` where there is no choice.
+def reads_text(recipe: Recipe) -> bool:
+    """Whether a compile by that recipe, settled for its target, looks at calibration text."""
+    chosen = "auto" in (recipe.rotate, recipe.method, recipe.activation_clip)
+    static = recipe.target != "onnx" and tensorrt.has_static_activations(recipe)
+    return calibrates(recipe) or chosen or static or recipe.bits_budget is not None or recipe.kv_cache != "float"
+
+
+def with_method(recipe: Recipe, merge: Merge | None, progress: Progress) -> Recipe:
+    """The recipe with a method that fits: rounding to nearest for `auto` where there is no choice, which is said.
 
     Raises SchemeError where another is asked for and nothing is rounded, or an adapter was trained on given codes.
     """
     bases = [] if merge is None else [(part.adapter.directory, part.adapter.basis) for part in merge.parts]
     trained = [directory for directory, basis in bases if basis is not None and basis.grid is not None]
-    if recipe.method == "auto" and (trained or not recipe.scheme.quantized or recipe.compensate == "loftq"):
+    fixed = trained or not recipe.scheme.quantized or recipe.scheme.small_floats or recipe.compensate == "loftq"
+    if recipe.method == "auto" and fixed:
+        progress.line("method auto: rtn, there is no other here")
         return replace(recipe, method="rtn")
     if recipe.method != "rtn" and not recipe.scheme.quantized:
         raise SchemeError(

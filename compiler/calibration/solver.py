@@ -4,7 +4,7 @@ rest of the error."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -81,7 +81,7 @@ class Solver:
             found = quantize(w if keep is None else np.where(keep, w, 0), grid)
         rows = np.cumsum([0, *(len(part) for part in weights.values())])
         slices = (slice(first, last) for first, last in pairwise(rows))
-        return {name: rows_of(found, part) for name, part in zip(weights, slices, strict=True)}
+        return {name: found.rows(part) for name, part in zip(weights, slices, strict=True)}
 
     def _compensated(self, name: str, w: Array, codes: Quantized, moments: Moments, grid: Grid) -> Quantized:
         """The codes, LoftQ's own, with a branch for what rounding has done; or what one of any rank would make up for,
@@ -121,14 +121,3 @@ class Solver:
         errors = (error_of(one, read).sum() / energy for one in (left, plain - quantize(w, grid).dequantize()))
         error, nearest = (float(np.sqrt(error)) for error in errors)
         return Fit(error, nearest, 0 if beside is None else beside.rank)
-
-
-def rows_of(quantized: Quantized, rows: slice) -> Quantized:
-    """Some rows of a quantized weight."""
-    zeros = quantized.zero_points
-    return replace(
-        quantized,
-        codes=quantized.codes[rows],
-        scales=quantized.scales[rows],
-        zero_points=None if zeros is None else zeros[rows],
-    )

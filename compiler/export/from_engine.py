@@ -83,10 +83,8 @@ class _Weights:
         online = kept and "r1" in rotation.sites
         self.tied, self.folds = kept and not online, {}
         if online:
-            gains, turns = (
-                norm_folds(self.description, head=True),
-                rotation_folds(self.description, rotation, ends=True),
-            )
+            gains = norm_folds(self.description, head=True)
+            turns = rotation_folds(self.description, rotation, ends=True)
             self.folds = {EMBEDDING: turns[EMBEDDING], HEAD: [*gains[HEAD], *turns[HEAD]]}
 
     def check(self) -> None:

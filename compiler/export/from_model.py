@@ -60,7 +60,7 @@ def export_model(model_dir: Path, target: Path, options: Mapping[str, Any], prog
         read_text(asked.calibration)  # what is named must be sound, whether it is looked at or not
     imported = import_model(model_dir)
     recipe, merge = open_adapter(asked, imported, progress)
-    recipe = with_method(_checked(recipe, imported), merge)
+    recipe = with_method(_checked(recipe, imported), merge, progress)
     if merge is not None and merge.how != FOLD:
         raise SchemeError(
             f"the adapter is merged by {merge.how}, which needs more than weights", hint="an adapter of a float base"

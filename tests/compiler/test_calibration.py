@@ -223,3 +223,23 @@ def test_a_full_disk_of_temporary_files_is_named(tmp_path: Path, monkeypatch: py
     with pytest.raises(ResourceError, match=f"no space for temporary files in {tmp_path}") as raised:
         store["w"] = codes
     assert "TMPDIR" in raised.value.hint
+
+
+def test_what_has_no_use_here_is_said(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, lines = give_voice(tiny_model("llama16")), Lines()
+    options: dict[str, Any] = {"scheme": "w4a16", "rotate": "none", "dry_run": True, "progress": lines}
+    compile_engine(model, None, calibration_samples=4, **options)
+    assert lines.lines[0] == "calibration: nothing is measured here, the text is not looked at"
+    lines.lines.clear()
+    compile_engine(model, None, calibration_samples=4, kv_cache="int8", **options)
+    assert not any("nothing is measured" in line for line in lines.lines)
+    compile_engine(model, None, method="auto", compensate="loftq", **options)
+    assert "method auto: rtn, there is no other here" in lines.lines
+
+
+@pytest.mark.parametrize("scheme", ["fp8a16", "nvfp4a16"])
+def test_method_auto_rounds_small_floats_to_nearest(scheme: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target": "tensorrt-rtx", "portable": True, "scheme": scheme, "rotate": "none"}
+    lines = Lines()
+    compile_engine(tiny_model("llama16"), tmp_path / "e.plan", method="auto", progress=lines, **options)
+    assert "method auto: rtn, there is no other here" in lines.lines
