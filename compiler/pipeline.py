@@ -22,13 +22,14 @@ from rqc.compiler.calibration.layer_widths import measured_widths, with_widths
 from rqc.compiler.calibration.ranges import ranges_on_text, unmeasured
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
+from rqc.compiler.model_text import text_of
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.plan import write_engine
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import Estimate, check_memory, estimate
 from rqc.compiler.targets.guards import check_graph
 from rqc.compiler.targets.settle import narrowed, settled
-from rqc.compiler.text import read_text
+from rqc.models.checkpoint import model_directory
 from rqc.models.quantized import forget
 from rqc.runtime.build import build_plan, require_builder
 from rqc.runtime.container import EngineFile
@@ -140,8 +141,7 @@ def compile_model(
 
 def _opened(model_dir: str | Path, recipe: Recipe, progress: Progress) -> tuple[Imported, Recipe, Merge | None]:
     """The model and its adapters, and the recipe with all that follows from them alone; no weight is read."""
-    if recipe.calibration is not None:
-        read_text(recipe.calibration)  # what is named must be sound, whether it is looked at or not
+    text_of(recipe.calibration, model_directory(model_dir))  # must be sound, whether it is looked at or not
     imported = import_model(model_dir)
     if recipe.rotation_file is not None:
         recipe.rotation_file.check_model(imported.checkpoint.fingerprint())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from tokenizers import Tokenizer
 from rqc.runtime.errors import CheckpointError, InputError
 
 SUFFIXES = (".txt", ".json", ".jsonl")
-_FORMS = 'a record is a string, {"text": ...} or {"instruction": ..., "input": ..., "output": ...}'
+_FORMS = 'a record is a string, {"text": ...}, {"instruction": ..., "input": ..., "output": ...} or {"messages": [...]}'
+Chat = Callable[[Sequence[Mapping[str, Any]], Any], str]
+"""Messages, and the tools that they may call or None, to text."""
 
 
 def calibration_text() -> str:
@@ -26,8 +28,9 @@ def parity_text() -> str:
     return _shipped("parity.txt")
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a .txt, .json or .jsonl file, its records separated by blank lines.
+def read_text(path: str | Path, chat: Chat | None = None) -> str:
+    """The text of a .txt, .json or .jsonl file, its records separated by blank lines. chat: what renders those that
+    are conversations, the model's chat template; without it they are refused.
 
     Raises InputError if the file is missing, is of another kind, is not UTF-8, holds no text, or has a malformed record
     (named by its line in .jsonl, by its place in the list, from 1, in .json).
@@ -40,9 +43,9 @@ def read_text(path: str | Path) -> str:
     if suffix == ".txt":
         text = content
     elif suffix == ".json":
-        text = "\n\n".join(_json_texts(path, content))
+        text = "\n\n".join(_json_texts(path, content, chat))
     else:
-        text = "\n\n".join(_jsonl_texts(path, content))
+        text = "\n\n".join(_jsonl_texts(path, content, chat))
     if not text.strip():
         raise InputError(f"{path}: no text in the file", hint="name a file with some paragraphs of prose in it")
     return text
@@ -89,7 +92,7 @@ def _content(path: Path) -> str:
         raise InputError(f"{path}: {error.strerror or error}", hint="check the path of the text file") from error
 
 
-def _json_texts(path: Path, content: str) -> list[str]:
+def _json_texts(path: Path, content: str, chat: Chat | None) -> list[str]:
     if not content.strip():
         return []
     try:
@@ -101,10 +104,10 @@ def _json_texts(path: Path, content: str) -> list[str]:
         ) from error
     if not isinstance(records, list):
         raise InputError(f"{path}: a {type(records).__name__} where a list of records belongs", hint=_FORMS)
-    return [_record_text(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+    return [_record_text(record, f"{path}, record {number}", chat) for number, record in enumerate(records, 1)]
 
 
-def _jsonl_texts(path: Path, content: str) -> list[str]:
+def _jsonl_texts(path: Path, content: str, chat: Chat | None) -> list[str]:
     # Not splitlines(): JSON strings may hold U+2028 and the like unescaped, which are no ends of lines here.
     texts = []
     for number, line in enumerate(content.split("\n"), 1):
@@ -117,16 +120,19 @@ def _jsonl_texts(path: Path, content: str) -> list[str]:
             raise InputError(
                 f"{place}: not JSON ({error.msg})", hint="write one complete record on each line"
             ) from error
-        texts.append(_record_text(record, place))
+        texts.append(_record_text(record, place, chat))
     return texts
 
 
-def _record_text(record: Any, place: str) -> str:
-    """A record's text: itself, its "text", or its instruction, input (which may be absent or empty) and output."""
+def _record_text(record: Any, place: str, chat: Chat | None) -> str:
+    """A record's text: itself, its messages as the model has them, its "text", or its instruction, input (which may be
+    absent or empty) and output."""
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):
         raise InputError(f"{place}: a {type(record).__name__} where a record belongs", hint=_FORMS)
+    if "messages" in record:
+        return _conversation(record, place, chat)
     fields = ("text",) if "text" in record else ("instruction", "input", "output")
     for name in fields:
         if name not in record and name != "input":
@@ -135,3 +141,12 @@ def _record_text(record: Any, place: str) -> str:
     if not all(isinstance(part, str) for part in parts):
         raise InputError(f"{place}: {', '.join(fields)} must be strings", hint=_FORMS)
     return "\n".join(part for part in parts if part)
+
+
+def _conversation(record: Mapping[str, Any], place: str, chat: Chat | None) -> str:
+    if chat is None:
+        raise InputError(f'{place}: "messages" where there is no model to render them', hint='give {"text": ...}')
+    try:
+        return chat(record["messages"], record.get("tools"))
+    except InputError as error:
+        raise InputError(f"{place}: {error.message}", hint=error.hint) from error

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.calibration.blockwise import ROWS_AT_ONCE, Round, calibrate
-from rqc.compiler.calibration.calibration_text import calibration_ids, tell_shortened
+from rqc.compiler.calibration.calibration_text import required_ids, tell_shortened
 from rqc.compiler.calibration.compensation import budgeted_ranks
 from rqc.compiler.calibration.findings import Findings
 from rqc.compiler.calibration.solver import Solver
@@ -27,7 +27,7 @@ from rqc.models.description import Description
 from rqc.models.rotation import Rotation
 from rqc.passes.base import CLIP, Pass
 from rqc.passes.quantize import QuantizeLinears
-from rqc.runtime.errors import InputError, ResourceError, SchemeError
+from rqc.runtime.errors import ResourceError, SchemeError
 
 FACTOR_BYTES = 20
 """For each second moment: it and its factors while it is inverted."""
@@ -127,12 +127,8 @@ def _run(
 
 
 def _text(recipe: Recipe, imported: Imported, progress: Progress) -> NDArray[np.int64]:
-    ids = calibration_ids(recipe, imported, recipe.calibration_samples * recipe.calibration_length)
-    if ids is None:
-        raise InputError(
-            f"{_asked(recipe)} looks at calibration text, and the model has no tokenizer.json",
-            hint="add the tokenizer's files to the model directory, or leave it out",
-        )
+    tokens = recipe.calibration_samples * recipe.calibration_length
+    ids = required_ids(recipe, imported, tokens, f"{_asked(recipe)} looks at calibration text", "leave it out")
     tell_shortened(recipe, imported, ids, recipe.calibration_samples, progress)
     return ids
 

@@ -7,9 +7,22 @@ from numpy.typing import NDArray
 
 from rqc.compiler.importer import Imported
 from rqc.compiler.instruments import Progress
+from rqc.compiler.model_text import encoded, text_of
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.text import calibration_text, read_text, read_tokenizer, windows
-from rqc.runtime.errors import CheckpointError
+from rqc.compiler.text import read_tokenizer, windows
+from rqc.runtime.errors import InputError
+
+
+def required_ids(recipe: Recipe, imported: Imported, tokens: int, what: str, instead: str) -> NDArray[np.int64]:
+    """`calibration_ids` for an option that cannot do without: what it is, as the subject of a sentence, and what can be
+    done instead. Raises InputError without a tokenizer."""
+    ids = calibration_ids(recipe, imported, tokens)
+    if ids is None:
+        raise InputError(
+            f"{what}, and the model has no tokenizer.json",
+            hint=f"add the tokenizer's files to the model directory, or {instead}",
+        )
+    return ids
 
 
 def calibration_ids(recipe: Recipe, imported: Imported, tokens: int, *, behind: int = 0) -> NDArray[np.int64] | None:
@@ -17,18 +30,12 @@ def calibration_ids(recipe: Recipe, imported: Imported, tokens: int, *, behind: 
 
     behind: leave out so many windows at the start, if the text is that long.
     """
-    tokenizer = read_tokenizer(imported.checkpoint.directory)
+    directory, architecture = imported.checkpoint.directory, imported.description.architecture
+    tokenizer = read_tokenizer(directory)
     if tokenizer is None:
         return None
-    text = calibration_text() if recipe.calibration is None else read_text(recipe.calibration)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    vocabulary = imported.description.architecture.vocab_size
-    if max(ids, default=0) >= vocabulary:
-        raise CheckpointError(
-            f"{imported.checkpoint.directory}: tokenizer.json gives token {max(ids)}, the vocabulary has {vocabulary}",
-            hint="tokenizer and weights are of different models; download both again",
-        )
-    length = min(recipe.calibration_length, imported.description.architecture.context_length, tokens)
+    ids = encoded(tokenizer, text_of(recipe.calibration, directory), directory, architecture.vocab_size)
+    length = min(recipe.calibration_length, architecture.context_length, tokens)
     if len(ids) > (behind + 1) * length:
         ids = ids[behind * length :]
     cut = windows(ids, length, max(1, min(recipe.calibration_samples, tokens // length)))

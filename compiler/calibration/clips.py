@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.calibration.blocks import run_parts
-from rqc.compiler.calibration.calibration_text import calibration_ids
+from rqc.compiler.calibration.calibration_text import required_ids
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
 from rqc.compiler.passlist import frame
@@ -23,7 +23,7 @@ from rqc.models.description import Description
 from rqc.models.rotation import Rotation
 from rqc.models.token_grid import TokenGrid
 from rqc.passes.base import linears, weight_of
-from rqc.runtime.errors import CheckpointError, InputError, ResourceError
+from rqc.runtime.errors import CheckpointError, ResourceError
 
 F32 = NDArray[np.float32]
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -71,13 +71,8 @@ def searched_clips(
 
 
 def _text(recipe: Recipe, imported: Imported) -> NDArray[np.int64]:
-    ids = calibration_ids(recipe, imported, TOKENS)
-    if ids is None:
-        raise InputError(
-            "--activation-clip auto searches ratios on calibration text, and the model has no tokenizer.json",
-            hint="add the tokenizer's files to the model directory, or give a ratio such as --activation-clip 0.9",
-        )
-    return ids
+    what = "--activation-clip auto searches ratios on calibration text"
+    return required_ids(recipe, imported, TOKENS, what, "give a ratio such as --activation-clip 0.9")
 
 
 def _check_memory(recipe: Recipe, imported: Imported) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rqc.compiler.adapters.merge import Merge
-from rqc.compiler.calibration.calibration_text import calibration_ids
+from rqc.compiler.calibration.calibration_text import required_ids
 from rqc.compiler.calibration.knapsack import Item, choose_widths
 from rqc.compiler.calibration.sensitivity import Errors, Unit, sensitivities, units_of
 from rqc.compiler.importer import Imported, import_model
@@ -30,7 +30,7 @@ from rqc.compiler.targets.layer_bits import budget_widths, check_budget_range, c
 from rqc.models.description import Description
 from rqc.models.grid import Grid
 from rqc.models.rotation import Rotation
-from rqc.runtime.errors import InputError, ResourceError, SchemeError
+from rqc.runtime.errors import ResourceError, SchemeError
 
 TOKENS = 2048
 
@@ -162,12 +162,8 @@ def _said(recipe: Recipe, description: Description) -> dict[str, Any]:
 
 
 def _text(recipe: Recipe, imported: Imported) -> NDArray[np.int64]:
-    ids = calibration_ids(recipe, imported, TOKENS)
-    if ids is None:
-        raise InputError(
-            "--bits-budget is filled by what calibration text says, and the model has no tokenizer.json",
-            hint="add the tokenizer's files to the model directory, or name the widths in [[layers]]",
-        )
+    what = "--bits-budget is filled by what calibration text says"
+    ids = required_ids(recipe, imported, TOKENS, what, "name the widths in [[layers]]")
     needed = resident_bytes() + measuring_bytes(imported.description, ids.size)
     if recipe.max_memory is not None and needed > recipe.max_memory:
         raise ResourceError(

@@ -10,13 +10,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rqc.compiler.calibration.blocks import inputs_of, partition, run_part
-from rqc.compiler.calibration.calibration_text import calibration_ids, tell_shortened
+from rqc.compiler.calibration.calibration_text import required_ids, tell_shortened
 from rqc.compiler.importer import Imported
 from rqc.compiler.instruments import Progress
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import block_bytes, resident_bytes
 from rqc.passes.static_activations import Measure, Statistic
-from rqc.runtime.errors import CheckpointError, InputError, ResourceError
+from rqc.runtime.errors import CheckpointError, ResourceError
 
 F32 = NDArray[np.float32]
 CACHE_TOKENS = 16384
@@ -31,13 +31,9 @@ def ranges_on_text(recipe: Recipe, imported: Imported, progress: Progress) -> Me
 
     def measure(model: ir.Model, names: Sequence[str], kind: Statistic = "largest") -> dict[str, F32]:
         asked = _windows(recipe)
-        ids = calibration_ids(recipe, imported, asked * recipe.calibration_length)
-        if ids is None:
-            what, way = _static(recipe)
-            raise InputError(
-                f"{what}, which calibration text gives, and the model has no tokenizer.json",
-                hint=f"add the tokenizer's files to the model directory, or take {way[0]}",
-            )
+        what, (instead, _) = _static(recipe)
+        tokens = asked * recipe.calibration_length
+        ids = required_ids(recipe, imported, tokens, f"{what}, which calibration text gives", f"take {instead}")
         _check_memory(recipe, imported)
         tell_shortened(recipe, imported, ids, asked, progress)
         return measured(model, names, ids, kind, lambda done, total: progress.advance("ranges", done, total))

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rqc.compiler.instruments import Progress, Silent
+from rqc.compiler.model_text import encoded, text_of
 from rqc.compiler.rotate.settings import RotateSettings
 from rqc.compiler.rotate.state import Place, State
-from rqc.compiler.text import calibration_text, read_text, read_tokenizer, windows
+from rqc.compiler.text import read_tokenizer, windows
 from rqc.models.algebra import check_sites, dimensions
 from rqc.models.cayley import CayleySGD
 from rqc.models.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ from rqc.models.straight_through import round_tokens
 from rqc.models.token_grid import TokenGrid
 from rqc.models.turned import Basis, Rounding, Roundings, turn_linears
 from rqc.runtime.doctor import require_compile
-from rqc.runtime.errors import CheckpointError, InputError, ResourceError, TrainingError
+from rqc.runtime.errors import InputError, ResourceError, TrainingError
 
 HELD_OUT = 4
 """Windows at the end of the text, at most, that nothing is learned from and the gain is told by."""
@@ -234,14 +235,8 @@ def _text(directory: Path, settings: RotateSettings, description: Description, p
         raise InputError(
             f"{directory} has no tokenizer.json, and a rotation is learned on text", hint="add the tokenizer's files"
         )
-    text = calibration_text() if settings.calibration is None else read_text(settings.calibration)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
     a = description.architecture
-    if max(ids, default=0) >= a.vocab_size:
-        raise CheckpointError(
-            f"{directory}: tokenizer.json gives token {max(ids)}, the vocabulary has {a.vocab_size}",
-            hint="tokenizer and weights are of different models; download both again",
-        )
+    ids = encoded(tokenizer, text_of(settings.calibration, directory), directory, a.vocab_size)
     cut = np.asarray(windows(ids, min(settings.seq_len, a.context_length), len(ids)), np.int64)
     if cut.shape[1] < 2:
         raise InputError("the text has a single token, and a token is predicted from another", hint="a longer text")

@@ -17,8 +17,9 @@ from rqc.compiler.adapters.bases import short
 from rqc.compiler.adapters.merge import FOLD
 from rqc.compiler.adapters.sources import RESERVED, AdapterOption, AdapterSource, parse_sources
 from rqc.compiler.float4_on_cpu import Float4File
+from rqc.compiler.model_text import text_of
 from rqc.compiler.scheme import Scheme
-from rqc.compiler.text import parity_text, read_text
+from rqc.compiler.text import parity_text
 from rqc.compiler.verify.adapted import Adapted, check_presence
 from rqc.compiler.verify.belonging import Belonging, Beside, adopt_weights
 from rqc.compiler.verify.cachewise import cache_gates, worst_cache
@@ -32,7 +33,7 @@ from rqc.compiler.verify.stored_caches import read_caches
 from rqc.compiler.verify.stored_frame import stored_frame
 from rqc.compiler.verify.stored_sides import StoredSide, read_sides
 from rqc.models.cache_grid import quantize_cache
-from rqc.models.checkpoint import Checkpoint
+from rqc.models.checkpoint import Checkpoint, model_directory
 from rqc.models.delta import Delta
 from rqc.models.reference import Reference
 from rqc.models.rotation import Rotation
@@ -138,7 +139,7 @@ def verify_engine(
         sources = parse_sources(adapter)
         check_presence(file, sources)
         with _threads(threads), _loaded(file, threads) as loaded:
-            ids = list(token_ids) if token_ids is not None else loaded.tokenize(_text(text))
+            ids = list(token_ids) if token_ids is not None else loaded.tokenize(_text(text, model_dir))
             windows = cut(ids, tokens, min(window, loaded.context_length))
             if not windows:
                 raise InputError(f"the text has {len(ids)} tokens", hint="name a longer text")
@@ -359,8 +360,8 @@ def _told(backend: str, scheme: Scheme) -> str:
     return f"the engine's TensorRT plan was compared{linears}"
 
 
-def _text(text: str | Path | None) -> str:
-    return parity_text() if text is None else read_text(text)
+def _text(text: str | Path | None, model_dir: str | Path) -> str:
+    return parity_text() if text is None else text_of(Path(text), model_directory(model_dir))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rqc.compiler.model_text import text_of
 from rqc.compiler.text import calibration_text, parity_text, read_text, windows
 from rqc.runtime.errors import InputError
 
@@ -81,6 +82,7 @@ def test_a_text_file_is_read_as_it_stands(tmp_path: Path) -> None:
         ("a.jsonl", b'{"instruction": "a", "input": "b"}', 'line 1: neither "text" nor "output"'),
         ("a.jsonl", b'{"text": 3}', "line 1: text must be strings"),
         ("a.jsonl", b'{"instruction": "a", "output": null}', "line 1: instruction, input, output must be strings"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', 'line 1: "messages" where there is no model'),
     ],
 )
 def test_a_malformed_file_is_refused_with_place_and_hint(tmp_path: Path, name: str, content: bytes, cause: str) -> None:
@@ -116,3 +118,38 @@ def test_windows_are_consecutive_of_one_length_and_as_many_as_fit(size: int, len
 def test_windows_refuse_nothing_to_cut(ids: list[int], length: int, count: int) -> None:
     with pytest.raises(InputError):
         windows(ids, length, count)
+
+
+TEMPLATE = "{{ strftime_now('%Y') }}:{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ tools or '' }}"
+
+
+def test_conversations_are_what_the_model_makes_of_them(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    records = [{"messages": turns, "text": "no"}, {"text": "plain"}, {"messages": turns[:1], "tools": [{"a": 1}]}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert text_of(path, tmp_path) == "2024:<user>Hi<assistant>Ho\n\nplain\n\n2024:<user>Hi[{'a': 1}]"
+    assert text_of(None, tmp_path) == calibration_text()
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "cause"),
+    [
+        (None, [{"role": "user", "content": "Hi"}], "no chat template for messages"),
+        ("{{ messages }}", [{"content": "Hi"}], "message 0 has no role"),
+        ("{{ messages }}", "Hi", "a chat is a list of messages"),
+        ("{{ raise_exception('no') }}", [{"role": "user", "content": "Hi"}], "refuses these messages: no"),
+    ],
+)
+def test_a_conversation_that_cannot_be_rendered_is_named(
+    tmp_path: Path, template: str | None, messages: object, cause: str
+) -> None:
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(["first", {"messages": messages}]))
+    with pytest.raises(InputError, match=cause) as caught:
+        text_of(path, tmp_path)
+    assert f"{path}, record 2: " in caught.value.message
+    assert caught.value.hint
