@@ -159,7 +159,9 @@ def compile_(
         int | None, typer.Option(help="As --embedding-bits; tied and kept, one value for both.")
     ] = None,
     max_memory: Annotated[str | None, typer.Option(help="Such as 4GiB: stay under it or fail before starting.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text, or data as of finetune; a text ships with rqc.")
+    ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Windows of text.  [default: 64]")] = None,
     calibration_length: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 512]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or cuda: what calibration runs on.  [default: cpu]")] = None,
@@ -224,7 +226,7 @@ def verify(
         list[str] | None,
         typer.Option(metavar="[NAME=]DIR", help="The adapter that the engine was compiled with; repeatable."),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text, or data as of finetune; a text ships with rqc.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to compare.")] = 2048,
     window: Annotated[int, typer.Option(help="Tokens of one window, capped at the context.")] = 1024,
     gate: Annotated[

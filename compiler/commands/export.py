@@ -32,7 +32,9 @@ def export(
     method: Annotated[
         str | None, typer.Option(help="rtn, rounding to nearest; gptq, fitted to text; auto.  [default: rtn]")
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text, or data as of finetune; a text ships with rqc.")
+    ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Windows of it.  [default: 64]")] = None,
     calibration_length: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 512]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or cuda: what calibration runs on.  [default: cpu]")] = None,

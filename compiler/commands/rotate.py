@@ -46,7 +46,9 @@ def rotate(
     ] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs at the start.  [default: 0]")] = None,
     hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="A text file; a text ships with rqc.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text, or data as of finetune; a text ships with rqc.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="[default: 100]")] = None,
     lr: Annotated[float | None, typer.Option(help="The longest step; it follows a cosine.  [default: 1.5]")] = None,
     momentum: Annotated[float | None, typer.Option(help="[default: 0.9]")] = None,
