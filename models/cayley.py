@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-30
+_NOISE = 1e-9
+"""Of a gradient, what lies along the manifold by rounding errors alone: it is no direction."""
 
 
 class CayleySGD:
     """Momentum on stacks of orthogonal matrices X [k, n, n], each stepped by itself.
 
     With G = dL/dX: M ← β M + G, Y = (M Xᵀ − X Mᵀ) / 2, M ← Y X (its part along the manifold), and
-    X ← (I + α/2 Y)⁻¹ (I − α/2 Y) X with α = min(lr, 1 / ‖Y‖₁), so that no step turns far. The Cayley transform of a
-    skew matrix is orthogonal; what rounding leaves, Newton's step to the next orthogonal matrix takes away.
+    X ← (I + α/2 Y)⁻¹ (I − α/2 Y) X with α = lr / ‖Y‖₁: lr is how far a step turns, whatever the scale of the loss. (The
+    sources have α = min(lr, 1 / ‖Y‖₁), which is the bound alone where gradients are large, as they are of a model's R1:
+    then no schedule of lr is heard.) The Cayley transform of a skew matrix is orthogonal; what rounding leaves,
+    Newton's step to the next orthogonal matrix takes away.
     """
 
     def __init__(self, matrices: Sequence[Tensor], moments: Sequence[Tensor], momentum: float) -> None:
@@ -28,14 +32,19 @@ class CayleySGD:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        """One step down the gradients dL/dX, float64 [k, n, n]."""
+        """One step down the gradients dL/dX, float64 [k, n, n]. lr: the 1-norm of what is turned, 1 or less."""
         for x, moment, gradient in zip(self.matrices, self.moments, gradients, strict=True):
             moment.mul_(self.momentum).add_(gradient)
             y = skew(moment, x)
+            norms = one_norm(y).clamp_min(_NOISE * one_norm(moment)).clamp_min(_TINY)
+            alpha = (lr / norms)[:, None, None]
             moment.copy_(y @ x)
-            norms = y.abs().sum(-2).amax(-1)
-            alpha = (1 / norms.clamp_min(_TINY)).clamp_max(lr)[:, None, None]
             x.copy_(polar_step(cayley(x, y, alpha)))
+
+
+def one_norm(stack: Tensor) -> Tensor:
+    """‖·‖₁ of each matrix [k, n, n]: its largest column sum."""
+    return stack.abs().sum(-2).amax(-1)
 
 
 def skew(m: Tensor, x: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ def rotate(
         Path | None, typer.Option(help="Text, or data as of finetune; a text ships with rqc.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="[default: 100]")] = None,
-    lr: Annotated[float | None, typer.Option(help="The longest step; it follows a cosine.  [default: 1.5]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="How far a step turns, up to 1; it follows a cosine.  [default: 0.25]")
+    ] = None,
     momentum: Annotated[float | None, typer.Option(help="[default: 0.9]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows of a step.  [default: 1]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 1024]")] = None,

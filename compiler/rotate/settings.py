@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,7 +29,8 @@ class RotateSettings:
     scheme, group_size, activation_symmetric, activation_clip, kv_cache: what the engine will round. weights: "float",
     or "rtn": rounded to nearest too, symmetric or not, with unclipped ranges. rotate, rotation_seed, hadamard: the
     rotation that is started from, whose R1 and R2 are learned; what else it has stays. calibration: a text file, None
-    for the text that ships. lr: the highest step, it follows a cosine. seed: of the order of the text.
+    for the text that ships. lr: how far a step turns at first (‖α Y‖₁ of `CayleySGD`), up to 1; it follows a cosine.
+    seed: of the order of the text.
     """
 
     scheme: Scheme = SCHEMES["w4a4"]
@@ -45,7 +45,7 @@ class RotateSettings:
     hadamard: str = "full"
     calibration: Path | None = None
     steps: int = 100
-    lr: float = 1.5
+    lr: float = 0.25
     momentum: float = 0.9
     batch_size: int = 1
     seq_len: int = 1024
@@ -65,8 +65,8 @@ class RotateSettings:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}", hint=f"{name} is {least} or more")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise InputError(f"lr is {self.lr}", hint="lr is more than 0, such as 1.5")
+        if not (0 < self.lr <= 1):
+            raise InputError(f"lr is {self.lr}", hint="lr is more than 0 and up to 1, such as 0.25")
         if not 0 <= self.momentum < 1:
             raise InputError(f"momentum is {self.momentum}", hint="momentum is a share below 1, such as 0.9")
         if not 0 < self.activation_clip <= 1:
