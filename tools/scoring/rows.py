@@ -35,6 +35,7 @@ ROTATIONS = {"none": "none", "r1r4": "r1,r4", "all": "r1,r2,r4"}
 CACHED = {**ROTATIONS, "all": "r1,r2,r3,r4"}
 """Where the cache is of codes, R3 turns the keys before they are rounded."""
 LEARNED = "learned"
+"""R1 and R2 of a file, at the sites of `all`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Row:
     def options(self, learned: Path | None = None) -> list[str]:
         """The options of `rqc compile`, but for what the rows share. learned: the file of a learned rotation."""
         sites = CACHED if self.caches else ROTATIONS
-        turned = ["--rotation", str(learned)] if self.rotation == LEARNED else ["--rotate", sites[self.rotation]]
+        turned = ["--rotate", sites["all" if self.rotation == LEARNED else self.rotation]]
+        turned += ["--rotation", str(learned)] if self.rotation == LEARNED else []
         return [*KINDS[self.kind].split(), *turned, "--method", self.method, "--group-size", str(self.group)]
 
 
