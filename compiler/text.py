@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from rqc.compiler.data_files import checked_suffix, json_values, text_pieces
 from rqc.runtime.errors import CheckpointError, InputError
 
-SUFFIXES = (".txt", ".json", ".jsonl")
 _FORMS = 'a record is a string, {"text": ...}, {"instruction": ..., "input": ..., "output": ...} or {"messages": [...]}'
 Chat = Callable[[Sequence[Mapping[str, Any]], Any], str]
 """Messages, and the tools that they may call or None, to text."""
@@ -32,20 +31,14 @@ def read_text(path: str | Path, chat: Chat | None = None) -> str:
     """The text of a .txt, .json or .jsonl file, its records separated by blank lines. chat: what renders those that
     are conversations, the model's chat template; without it they are refused.
 
-    Raises InputError if the file is missing, is of another kind, is not UTF-8, holds no text, or has a malformed record
-    (named by its line in .jsonl, by its place in the list, from 1, in .json).
+    Raises InputError if the file is missing, of another kind, not UTF-8, without text, or if a record is malformed,
+    naming its line.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise InputError(f"{path}: cannot read text from a file of this kind", hint=f"use one of {', '.join(SUFFIXES)}")
-    content = _content(path)
-    if suffix == ".txt":
-        text = content
-    elif suffix == ".json":
-        text = "\n\n".join(_json_texts(path, content, chat))
+    if checked_suffix(path) == ".txt":
+        text = "".join(text_pieces(path))
     else:
-        text = "\n\n".join(_jsonl_texts(path, content, chat))
+        text = "\n\n".join(_record_text(value, place, chat) for place, value in json_values(path))
     if not text.strip():
         raise InputError(f"{path}: no text in the file", hint="name a file with some paragraphs of prose in it")
     return text
@@ -81,47 +74,6 @@ def windows(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
 
 def _shipped(name: str) -> str:
     return files("rqc.compiler").joinpath("data", name).read_text(encoding="utf-8")
-
-
-def _content(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}", hint="convert the file to UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}", hint="check the path of the text file") from error
-
-
-def _json_texts(path: Path, content: str, chat: Chat | None) -> list[str]:
-    if not content.strip():
-        return []
-    try:
-        records = json.loads(content)
-    except json.JSONDecodeError as error:
-        place = f"{path}, line {error.lineno}"
-        raise InputError(
-            f"{place}: not JSON ({error.msg})", hint="one record a line? then name the file .jsonl"
-        ) from error
-    if not isinstance(records, list):
-        raise InputError(f"{path}: a {type(records).__name__} where a list of records belongs", hint=_FORMS)
-    return [_record_text(record, f"{path}, record {number}", chat) for number, record in enumerate(records, 1)]
-
-
-def _jsonl_texts(path: Path, content: str, chat: Chat | None) -> list[str]:
-    # Not splitlines(): JSON strings may hold U+2028 and the like unescaped, which are no ends of lines here.
-    texts = []
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{place}: not JSON ({error.msg})", hint="write one complete record on each line"
-            ) from error
-        texts.append(_record_text(record, place, chat))
-    return texts
 
 
 def _record_text(record: Any, place: str, chat: Chat | None) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from rqc.compiler.data_files import checked_suffix, text_pieces
 from rqc.compiler.finetune.chat_spans import Tokenized, tokenized, whole_text
 from rqc.compiler.finetune.collate import Collate
 from rqc.compiler.finetune.examples import Examples, Gathering, split
 from rqc.compiler.finetune.records import read_records
-from rqc.compiler.finetune.sources import checked_suffix, text_pieces
 from rqc.compiler.finetune.tokenizer import TrainingTokenizer, read_training_tokenizer
 from rqc.runtime.errors import InputError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rqc.compiler.finetune.sources import json_values
+from rqc.compiler.data_files import json_values
 from rqc.runtime.errors import InputError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

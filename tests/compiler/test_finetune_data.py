@@ -13,7 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from rqc.compiler.finetune import sources
+from rqc.compiler import data_files
 from rqc.compiler.finetune.chat_spans import alpaca_prompt
 from rqc.compiler.finetune.data import Collate, Examples, load_examples, read_training_tokenizer, split
 from rqc.compiler.finetune.tokenizer import TrainingTokenizer
@@ -264,11 +264,11 @@ def test_a_text_file_is_packed_into_windows(load, tokenizers, length):
 
 
 def test_pieces_of_a_long_text_join_to_the_text_and_end_at_lines(tmp_path, monkeypatch, tokenizers):
-    monkeypatch.setattr(sources, "PIECE", 64)
-    monkeypatch.setattr(sources, "_LONGEST", 256)
+    monkeypatch.setattr(data_files, "PIECE", 64)
+    monkeypatch.setattr(data_files, "_LONGEST", 256)
     text = "".join(f"line {n} of the dög 🐶\n{' ' * (n % 3)}" for n in range(40)) + "x🐶" * 300
     (tmp_path / "a.txt").write_text(text)
-    pieces = list(sources.text_pieces(tmp_path / "a.txt"))
+    pieces = list(data_files.text_pieces(tmp_path / "a.txt"))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 256 + 64
     assert sum(piece.endswith("\n") for piece in pieces) > 10
@@ -534,7 +534,7 @@ def test_a_large_file_is_read_record_by_record(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text((json.dumps({"text": "the cat " * 200}) + "\n") * 3000)
     tracemalloc.start()
-    count = sum(1 for _ in sources.json_values(path))
+    count = sum(1 for _ in data_files.json_values(path))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 3000

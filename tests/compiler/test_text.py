@@ -72,11 +72,11 @@ def test_a_text_file_is_read_as_it_stands(tmp_path: Path) -> None:
         ("a.json", b"[]", "no text"),
         ("a.jsonl", b"\n\n", "no text"),
         ("a.jsonl", b'{"text": ""}', "no text"),
-        ("a.txt", b"ab\xff", "not UTF-8 at byte 2"),
-        ("a.csv", b"text", "of this kind"),
+        ("a.txt", b"ab\xff", "line 1: not UTF-8"),
+        ("a.csv", b"text", "are not read"),
         ("a.json", b'["a",\n"b"', "line 2: not JSON"),
-        ("a.json", b'{"text": "a"}', "a dict where a list"),
-        ("a.json", b'["a", 3]', "record 2: a int"),
+        ("a.json", b'{"text": "a"}', "one object where a list"),
+        ("a.json", b'["a", 3]', "line 1: a int"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "line 3: not JSON"),
         ("a.jsonl", b'"a"\n{"body": "a"}', 'line 2: neither "text" nor "instruction"'),
         ("a.jsonl", b'{"instruction": "a", "input": "b"}', 'line 1: neither "text" nor "output"'),
@@ -151,5 +151,5 @@ def test_a_conversation_that_cannot_be_rendered_is_named(
     path.write_text(json.dumps(["first", {"messages": messages}]))
     with pytest.raises(InputError, match=cause) as caught:
         text_of(path, tmp_path)
-    assert f"{path}, record 2: " in caught.value.message
+    assert f"{path}, line 1: " in caught.value.message
     assert caught.value.hint

@@ -29,7 +29,7 @@ def checked_suffix(path: Path) -> str:
         if path.is_dir() or not path.exists():  # whatever it is called
             list(_lines(path))
         kind = f"files that end in {path.suffix!r}" if path.suffix else "files without a suffix"
-        raise InputError(f"{path}: {kind} are no training data", hint=f"rename or convert it to {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: {kind} are not read", hint=f"rename or convert it to {', '.join(SUFFIXES)}")
     return suffix
 
 
