@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,31 @@ def typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise InputError(f"{name} is {value!r}", hint=f"{name} is {_WORDS[kind]}")
+
+
+def field_of(option: str) -> str:
+    """The field that holds an option, by its name in flags, files or keyword arguments."""
+    name = option.replace("-", "_")
+    return "rotation_file" if name == "rotation" else name
+
+
+def parsed_values(
+    values: Mapping[str, Any], known: Sequence[str], of: str, parse: Callable[[str, Any], Any]
+) -> dict[str, Any]:
+    """Values by field as `parse` makes them of options by name; those that are None, for the default, are left out.
+
+    Raises InputError for an unknown name, with the nearest known one, and for one that is given twice.
+    """
+    parsed: dict[str, Any] = {}
+    for option, value in values.items():
+        name = field_of(option)
+        if name not in known:
+            raise InputError(f"unknown option {option!r} of {of}", hint=near_miss(name, known))
+        if name in parsed:
+            raise InputError(f"option {option!r} is given twice", hint="- and _ are the same in names")
+        if value is not None:
+            parsed[name] = parse(name, value)
+    return parsed
 
 
 def file_values(parsed: Mapping[str, Any]) -> dict[str, Any]:

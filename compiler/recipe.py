@@ -17,7 +17,16 @@ from rqc.compiler.adapters.sources import AdapterSource, parse_sources
 from rqc.compiler.compensation_options import check_compensation
 from rqc.compiler.float_options import check_floats
 from rqc.compiler.layer_rules import LayerRule, check_budget, parse_rules
-from rqc.compiler.option_values import NUMBER, PATH, file_values, near_miss, one_of, site_names, typed
+from rqc.compiler.option_values import (
+    NUMBER,
+    PATH,
+    field_of,
+    file_values,
+    one_of,
+    parsed_values,
+    site_names,
+    typed,
+)
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.rotation import KINDS, SITES, Rotation
 from rqc.models.rotation_file import RotationFile
@@ -250,16 +259,7 @@ class Recipe:
 
         Raises InputError for an unknown name, with the nearest known one, and for a value of the wrong type.
         """
-        known = option_names()
-        parsed: dict[str, Any] = {}
-        for key, value in values.items():
-            name = _field(key)
-            if name not in known:
-                raise InputError(f"unknown option {key!r} of a compile", hint=near_miss(name, known))
-            if name in parsed:
-                raise InputError(f"option {key!r} is given twice", hint="- and _ are the same in names")
-            if value is not None:
-                parsed[name] = _parse(name, value)
+        parsed = parsed_values(values, option_names(), "a compile", _parse)
         return cls(**{**parsed, **file_values(parsed)}, given=frozenset(parsed))
 
     @classmethod
@@ -270,7 +270,7 @@ class Recipe:
     @classmethod
     def layered(cls, path: Path | None, flags: Mapping[str, Any]) -> Recipe:
         """Flags (None: not given) over the recipe file (None: no file) over the defaults."""
-        given = {_field(name): value for name, value in flags.items() if value is not None}
+        given = {field_of(name): value for name, value in flags.items() if value is not None}
         if path is None:
             return cls.from_values(given)
         values = _read_toml(path)
@@ -278,18 +278,12 @@ class Recipe:
             cls.from_values(values)  # the file's own mistakes, even where a flag would hide them
         except RqcError as error:
             raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
-        return cls.from_values({**{_field(key): value for key, value in values.items()}, **given})
+        return cls.from_values({**{field_of(key): value for key, value in values.items()}, **given})
 
 
 def option_names() -> list[str]:
     """The names of all options: the fields of a recipe but what is derived."""
     return [field.name for field in fields(Recipe) if field.name not in DERIVED]
-
-
-def _field(option: str) -> str:
-    """The field that holds an option, by its name in flags, files or keyword arguments."""
-    name = option.replace("-", "_")
-    return "rotation_file" if name == "rotation" else name
 
 
 def parse_size(text: str) -> int:

@@ -12,7 +12,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rqc.compiler.option_values import NUMBER, PATH, file_values, near_miss, one_of, site_names, typed
+from rqc.compiler.option_values import (
+    NUMBER,
+    PATH,
+    file_values,
+    one_of,
+    parsed_values,
+    site_names,
+    typed,
+)
 from rqc.compiler.recipe import CLIPS, GROUP_SIZES
 from rqc.compiler.scheme import SCHEMES
 from rqc.models.adapter_basis import ADAPTER_TYPES, BASE_KINDS, MERGED_POOLS, POOLED
@@ -154,15 +162,7 @@ class Settings:
 
         Raises InputError for an unknown name, with the nearest known one, and for a value of the wrong type.
         """
-        known = [each.name for each in fields(cls)]
-        parsed: dict[str, Any] = {}
-        for key, value in values.items():
-            name = key.replace("-", "_")
-            name = "rotation_file" if name == "rotation" else name
-            if name not in known:
-                raise InputError(f"unknown option {key!r} of a fine-tune", hint=near_miss(name, known))
-            if value is not None:
-                parsed[name] = _parse(name, value)
+        parsed = parsed_values(values, [each.name for each in fields(cls)], "a fine-tune", _parse)
         return cls(**{**parsed, **file_values(parsed)})
 
     def _check_choices(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rqc.compiler.option_values import NUMBER, PATH, near_miss, one_of, site_names, typed
+from rqc.compiler.option_values import NUMBER, PATH, one_of, parsed_values, site_names, typed
 from rqc.compiler.recipe import GROUP_SIZES
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.grid import Grid
@@ -122,15 +122,7 @@ class RotateSettings:
 
         Raises InputError for an unknown name, with the nearest known one, and for a value of the wrong type.
         """
-        known = [each.name for each in fields(cls)]
-        parsed: dict[str, Any] = {}
-        for key, value in values.items():
-            name = key.replace("-", "_")
-            if name not in known:
-                raise InputError(f"unknown option {key!r} of rotate", hint=near_miss(name, known))
-            if value is not None:
-                parsed[name] = _parse(name, value)
-        return cls(**parsed)
+        return cls(**parsed_values(values, [each.name for each in fields(cls)], "rotate", _parse))
 
 
 def _parse(name: str, value: Any) -> Any:
