@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
@@ -149,12 +150,36 @@ def test_a_table_goes_on_after_a_row_that_fails(
             raise measure.FailedError("no such\noption")
         return _row(12.0)
 
-    found, failed = script.measured([one, other], place, fake)
+    found, failed = script.measured([one, other], place, fake, 1)
     assert (list(found), failed) == ([other], {one: "no such option"})
     assert script.told([], failed) == 1
     assert "12.00" in script.table(found, failed, 10.0)
     assert "failed: no such option" in script.table(found, failed, 10.0)
     assert "[2 of 2] w4a4.none.rtn.64" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a single core")
+def test_jobs_run_side_by_side_on_cores_of_their_own(script: ModuleType) -> None:
+    both, cores = Barrier(2, timeout=20), []
+
+    def work(_: int) -> None:
+        both.wait()
+        cores.append(os.sched_getaffinity(0))
+
+    mine = os.sched_getaffinity(0)
+    script.side_by_side(work, range(4), 2)
+    assert len(cores) == 4
+    assert sorted({tuple(sorted(share)) for share in cores}) == sorted(
+        tuple(sorted(mine)[first::2]) for first in range(2)
+    )
+    assert os.sched_getaffinity(0) == mine
+
+    def stumble(item: int) -> None:
+        if item:
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        script.side_by_side(stumble, range(3), 1)
 
 
 def test_a_compile_that_ends_with_an_error_says_which(measure: ModuleType, tmp_path: Path) -> None:
@@ -251,7 +276,12 @@ def test_figures_of_another_text_are_not_mixed_in(
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "are wanted"), (["--only", "w9"], "no row matches w9"), (["--tokens", "1"], "2 or more")],
+    [
+        ([], "are wanted"),
+        (["--only", "w9"], "no row matches w9"),
+        (["--tokens", "1"], "2 or more"),
+        (["--jobs", "0"], "--jobs 0"),
+    ],
 )
 def test_wrong_usage_is_said(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
