@@ -13,7 +13,7 @@ import onnx_ir as ir
 from rqc.compiler import manifest as manifests
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.adapters.reading import open_adapter, survival_of
-from rqc.compiler.calibration.calibrated import calibrated, reads_text, with_method
+from rqc.compiler.calibration.calibrated import calibrated, tell_unread, with_method
 from rqc.compiler.calibration.clips import searched_clips
 from rqc.compiler.calibration.compensation import check_beside, expected, said_of
 from rqc.compiler.calibration.findings import Findings
@@ -152,8 +152,7 @@ def _opened(model_dir: str | Path, recipe: Recipe, progress: Progress) -> tuple[
         progress.line(why)
     check_beside(recipe, merge)
     recipe = with_widths(with_method(recipe, merge, progress), imported)
-    if any(name.startswith("calibration") for name in recipe.given) and not reads_text(recipe):
-        progress.line("calibration: nothing is measured here, the text is not looked at")
+    tell_unread(recipe, progress)
     return imported, recipe, merge
 
 

@@ -72,7 +72,7 @@ class Recipe:
     activation_symmetric, activation_clip: of a grid per token; "auto" is searched on the calibration text, tensor by
     tensor. rotate: "auto", or the rotated sites (none of them: no rotation). rotation_file, by the name of "rotation":
     what `rqc rotate` has learned, with the sites, seed and kind that it says of the others. embedding_bits, head_bits:
-    16 and 32 are floats; None is the scheme's default. max_memory: bytes. calibration: a text file, None for the text
+    16 and 32 are floats; None is the scheme's default. max_memory: bytes. calibration: text or records (`model_text`), None for the text
     that ships; calibration_samples windows of calibration_length tokens are read from it, and run on the device.
     adapter: PEFT directories, whose sum is merged as `merge` says, or which stay beside the weights to be switched at
     run time if they have names; a compile fails where less than min_survival is left in a linear. layers: rules that

@@ -12,23 +12,25 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-30
-_NOISE = 1e-9
-"""Of a gradient, what lies along the manifold by rounding errors alone: it is no direction."""
 
 
 class CayleySGD:
     """Momentum on stacks of orthogonal matrices X [k, n, n], each stepped by itself.
 
     With G = dL/dX: M ← β M + G, Y = (M Xᵀ − X Mᵀ) / 2, M ← Y X (its part along the manifold), and
-    X ← (I + α/2 Y)⁻¹ (I − α/2 Y) X with α = lr / ‖Y‖₁: lr is how far a step turns, whatever the scale of the loss. (The
-    sources have α = min(lr, 1 / ‖Y‖₁), which is the bound alone where gradients are large, as they are of a model's R1:
-    then no schedule of lr is heard.) The Cayley transform of a skew matrix is orthogonal; what rounding leaves,
-    Newton's step to the next orthogonal matrix takes away.
+    X ← (I + α/2 Y)⁻¹ (I − α/2 Y) X with α = lr / ‖Y‖₁: lr is how far a step turns, whatever the scale of the loss, and
+    less where no more is along the manifold than rounding makes of any gradient. (The sources have α = min(lr, 1/‖Y‖₁),
+    which is the bound alone where gradients are large, as they are of a model's R1: then no schedule of lr is heard.)
+    The Cayley transform of a skew matrix is orthogonal; what rounding leaves, Newton's step to the next orthogonal
+    matrix takes away.
     """
 
-    def __init__(self, matrices: Sequence[Tensor], moments: Sequence[Tensor], momentum: float) -> None:
-        """Take over float64 stacks and their momenta M (0 at the start), which are changed in place."""
-        self.matrices, self.moments, self.momentum = matrices, moments, momentum
+    def __init__(
+        self, matrices: Sequence[Tensor], moments: Sequence[Tensor], momentum: float, noise: float = 1e-9
+    ) -> None:
+        """Take over float64 stacks and their momenta M (0 at the start), which are changed in place. noise: the share
+        ‖Y‖₁ / ‖M‖₁ that a gradient off the manifold has by the rounding of what it was computed in."""
+        self.matrices, self.moments, self.momentum, self.noise = matrices, moments, momentum, noise
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
@@ -36,7 +38,7 @@ class CayleySGD:
         for x, moment, gradient in zip(self.matrices, self.moments, gradients, strict=True):
             moment.mul_(self.momentum).add_(gradient)
             y = skew(moment, x)
-            norms = one_norm(y).clamp_min(_NOISE * one_norm(moment)).clamp_min(_TINY)
+            norms = one_norm(y).clamp_min(self.noise * one_norm(moment)).clamp_min(_TINY)
             alpha = (lr / norms)[:, None, None]
             moment.copy_(y @ x)
             x.copy_(polar_step(cayley(x, y, alpha)))

@@ -84,7 +84,8 @@ def template_source(files: Mapping[str, bytes], *, with_tools: bool = False) -> 
         return files["chat_template.jinja"].decode("utf-8")
     source = _json(files, "tokenizer_config.json").get("chat_template")
     if isinstance(source, list):
-        named = {entry["name"]: entry["template"] for entry in source}
+        entries = (entry for entry in source if isinstance(entry, Mapping))
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         source = named.get("tool_use" if with_tools else "default", named.get("default"))
     return source if isinstance(source, str) else ""
 

@@ -41,9 +41,15 @@ def calibrates(recipe: Recipe) -> bool:
 
 def reads_text(recipe: Recipe) -> bool:
     """Whether a compile by that recipe, settled for its target, looks at calibration text."""
-    chosen = "auto" in (recipe.rotate, recipe.method, recipe.activation_clip)
+    chosen = recipe.scheme.quantized and "auto" in (recipe.rotate, recipe.method, recipe.activation_clip)
     static = recipe.target != "onnx" and tensorrt.has_static_activations(recipe)
     return calibrates(recipe) or chosen or static or recipe.bits_budget is not None or recipe.kv_cache != "float"
+
+
+def tell_unread(recipe: Recipe, progress: Progress) -> None:
+    """Say it where options of the text were given, and nobody looks at it."""
+    if any(name.startswith("calibration") for name in recipe.given) and not reads_text(recipe):
+        progress.line("calibration: nothing is measured here, the text is not looked at")
 
 
 def with_method(recipe: Recipe, merge: Merge | None, progress: Progress) -> Recipe:

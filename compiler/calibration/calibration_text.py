@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from rqc.compiler.importer import Imported
 from rqc.compiler.instruments import Progress
-from rqc.compiler.model_text import encoded, text_of
+from rqc.compiler.model_text import encoded, pieces_of
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.text import read_tokenizer, windows
 from rqc.runtime.errors import InputError
@@ -34,11 +34,13 @@ def calibration_ids(recipe: Recipe, imported: Imported, tokens: int, *, behind: 
     tokenizer = read_tokenizer(directory)
     if tokenizer is None:
         return None
-    ids = encoded(tokenizer, text_of(recipe.calibration, directory), directory, architecture.vocab_size)
     length = min(recipe.calibration_length, architecture.context_length, tokens)
+    count = max(1, min(recipe.calibration_samples, tokens // length))
+    pieces = pieces_of(recipe.calibration, directory)
+    ids = encoded(tokenizer, pieces, directory, architecture.vocab_size, enough=(behind + count) * length)
     if len(ids) > (behind + 1) * length:
         ids = ids[behind * length :]
-    cut = windows(ids, length, max(1, min(recipe.calibration_samples, tokens // length)))
+    cut = windows(ids, length, count)
     return np.asarray(cut, np.int64)
 
 

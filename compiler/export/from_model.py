@@ -17,7 +17,7 @@ import onnx_ir as ir
 from rqc.compiler.adapters.merge import FOLD
 from rqc.compiler.adapters.reading import open_adapter
 from rqc.compiler.adapters.survival import check_survival, fold_survival
-from rqc.compiler.calibration.calibrated import calibrated, with_method
+from rqc.compiler.calibration.calibrated import calibrated, tell_unread, with_method
 from rqc.compiler.calibration.device import on_device
 from rqc.compiler.calibration.frames import choose
 from rqc.compiler.export.checkpoint import ExportReport, GptqCheckpoint
@@ -60,6 +60,7 @@ def export_model(model_dir: Path, target: Path, options: Mapping[str, Any], prog
     imported = import_model(model_dir)
     recipe, merge = open_adapter(asked, imported, progress)
     recipe = with_method(_checked(recipe, imported), merge, progress)
+    tell_unread(recipe, progress)
     if merge is not None and merge.how != FOLD:
         raise SchemeError(
             f"the adapter is merged by {merge.how}, which needs more than weights", hint="an adapter of a float base"

@@ -12,21 +12,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rqc.compiler.finetune.records import ANSWERS, Conversation, Instruction, Record, Text
 from rqc.compiler.finetune.tokenizer import Message, Span, TrainingTokenizer
+from rqc.compiler.records import ANSWERS, Conversation, Instruction, Record, Text
 from rqc.runtime.errors import InputError, RqcError
-
-ALPACA = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-"""The prompt of Stanford Alpaca, with the answer on a line of its own as alpaca-lora and LLM-Adapters have it."""
-ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 
 
 @dataclass(frozen=True)
@@ -49,8 +37,7 @@ def tokenized(record: Record, tokenizer: TrainingTokenizer) -> list[Tokenized]:
         if isinstance(record, Conversation):
             return conversation(tokenizer, record.messages, record.tools)
         if tokenizer.has_chat:
-            asked = {"role": "user", "content": record.question}
-            return conversation(tokenizer, [asked, {"role": ANSWERS, "content": record.output}], None)
+            return conversation(tokenizer, record.messages, None)
         return [_alpaca(tokenizer, record)]
     except RqcError as error:
         raise InputError(f"{record.place}: {error.message}", hint=error.hint) from error
@@ -60,11 +47,6 @@ def whole_text(ids: list[int], end: int | None) -> Tokenized:
     """A text to be learned from its first token to its end."""
     ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
     return Tokenized(ids, ((0, len(ids)),))
-
-
-def alpaca_prompt(instruction: str, given: str = "") -> str:
-    """The prompt for a model without a chat template."""
-    return (ALPACA_INPUT if given else ALPACA).format(instruction=instruction, input=given)
 
 
 def conversation(
@@ -116,7 +98,7 @@ def _as_marked(tokenizer: TrainingTokenizer, messages: Sequence[Message], tools:
 
 
 def _alpaca(tokenizer: TrainingTokenizer, record: Instruction) -> Tokenized:
-    prompt = alpaca_prompt(record.instruction, record.input)
+    prompt = record.prompt
     first, ids, _ = _continued(tokenizer, prompt, prompt + record.output, special=True)
     ids = whole_text(ids, tokenizer.end_id).ids
     return Tokenized(ids, ((first, len(ids)),), int(tokenizer.end_id is None))

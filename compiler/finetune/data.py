@@ -9,8 +9,8 @@ from rqc.compiler.data_files import checked_suffix, text_pieces
 from rqc.compiler.finetune.chat_spans import Tokenized, tokenized, whole_text
 from rqc.compiler.finetune.collate import Collate
 from rqc.compiler.finetune.examples import Examples, Gathering, split
-from rqc.compiler.finetune.records import read_records
 from rqc.compiler.finetune.tokenizer import TrainingTokenizer, read_training_tokenizer
+from rqc.compiler.records import read_records
 from rqc.runtime.errors import InputError
 
 __all__ = ["Collate", "Examples", "TrainingTokenizer", "load_examples", "read_training_tokenizer", "split"]

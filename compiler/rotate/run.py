@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rqc.compiler.instruments import Progress, Silent
-from rqc.compiler.model_text import encoded, text_of
+from rqc.compiler.model_text import encoded, pieces_of
 from rqc.compiler.rotate.settings import RotateSettings
 from rqc.compiler.rotate.state import Place, State
 from rqc.compiler.text import read_tokenizer, windows
@@ -40,6 +40,10 @@ from rqc.models.turned import Basis, Rounding, Roundings, turn_linears
 from rqc.runtime.doctor import require_compile
 from rqc.runtime.errors import InputError, ResourceError, TrainingError
 
+STEP = "α = lr / ‖Y‖₁"
+"""What --lr means, kept with a run: one that was started when it was another bound does not go on."""
+NOISE = {"fp32": 1e-4, "bf16": 3e-2}
+"""Of gradients by what they are computed in: how much lies along the manifold by rounding alone (`CayleySGD`)."""
 HELD_OUT = 4
 """Windows at the end of the text, at most, that nothing is learned from and the gain is told by."""
 
@@ -105,7 +109,7 @@ def rotate(
     text = _text(checkpoint.directory, settings, reference.description, told)
     fingerprint = checkpoint.fingerprint()
     text_hash = hashlib.sha256(text.tobytes()).hexdigest()
-    identity = {"settings": settings.to_json(), "model": fingerprint, "text": text_hash}
+    identity = {"settings": settings.to_json(), "model": fingerprint, "text": text_hash, "step": STEP}
     if resume and (found := place.finished(identity)) is not None:
         told.line(f"{output} is finished: nothing to do")
         return _report(place.output, found, reference.description, 0.0)
@@ -158,7 +162,9 @@ class _Run:
         else:
             self.progress.line(f"going on after step {state.step} of {settings.steps}")
             state = state.on(self.device)
-        descent = CayleySGD(list(state.matrices.values()), list(state.moments.values()), settings.momentum)
+        descent = CayleySGD(
+            list(state.matrices.values()), list(state.moments.values()), settings.momentum, NOISE[settings.dtype]
+        )
         while state.step < settings.steps:
             self._hold(state)
             loss, gradients = self._gradients(state.step)
@@ -236,7 +242,7 @@ def _text(directory: Path, settings: RotateSettings, description: Description, p
             f"{directory} has no tokenizer.json, and a rotation is learned on text", hint="add the tokenizer's files"
         )
     a = description.architecture
-    ids = encoded(tokenizer, text_of(settings.calibration, directory), directory, a.vocab_size)
+    ids = encoded(tokenizer, pieces_of(settings.calibration, directory), directory, a.vocab_size)
     cut = np.asarray(windows(ids, min(settings.seq_len, a.context_length), len(ids)), np.int64)
     if cut.shape[1] < 2:
         raise InputError("the text has a single token, and a token is predicted from another", hint="a longer text")

@@ -225,15 +225,33 @@ def test_a_full_disk_of_temporary_files_is_named(tmp_path: Path, monkeypatch: py
     assert "TMPDIR" in raised.value.hint
 
 
-def test_what_has_no_use_here_is_said(tiny_model: TinyModel, tmp_path: Path) -> None:
-    model, lines = give_voice(tiny_model("llama16")), Lines()
+UNREAD = "calibration: nothing is measured here, the text is not looked at"
+READ: list[tuple[bool, dict[str, Any]]] = [
+    (False, {"scheme": "w4a16", "rotate": "none"}),
+    (False, {"scheme": "fp32"}),
+    (False, {"scheme": "fp16", "rotate": "auto"}),
+    (True, {"scheme": "w4a16"}),
+    (True, {"scheme": "w4a16", "rotate": "none", "method": "auto"}),
+    (True, {"scheme": "w4a4", "rotate": "none", "activation_clip": "auto"}),
+    (True, {"scheme": "w4a16", "rotate": "none", "bits_budget": 3.0}),
+    (True, {"scheme": "w4a16", "rotate": "none", "kv_cache": "int8"}),
+    (True, {"scheme": "w4a16", "rotate": "none", "compensate": "eora"}),
+    (True, {"scheme": "w8a8", "rotate": "none", "target": "tensorrt-rtx", "portable": True}),
+]
+
+
+@pytest.mark.parametrize(("read", "options"), READ, ids=str)
+def test_it_is_said_where_the_text_has_no_use(read: bool, options: dict[str, Any], tiny_model: TinyModel) -> None:
+    lines = Lines()
+    model = give_voice(tiny_model("llama16"))
+    compile_engine(model, None, calibration_samples=4, dry_run=True, progress=lines, **options)
+    assert (UNREAD in lines.lines) is not read
+
+
+def test_it_is_said_where_the_method_is_no_choice(tiny_model: TinyModel) -> None:
+    lines = Lines()
     options: dict[str, Any] = {"scheme": "w4a16", "rotate": "none", "dry_run": True, "progress": lines}
-    compile_engine(model, None, calibration_samples=4, **options)
-    assert lines.lines[0] == "calibration: nothing is measured here, the text is not looked at"
-    lines.lines.clear()
-    compile_engine(model, None, calibration_samples=4, kv_cache="int8", **options)
-    assert not any("nothing is measured" in line for line in lines.lines)
-    compile_engine(model, None, method="auto", compensate="loftq", **options)
+    compile_engine(give_voice(tiny_model("llama16")), None, method="auto", compensate="loftq", **options)
     assert "method auto: rtn, there is no other here" in lines.lines
 
 

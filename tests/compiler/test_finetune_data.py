@@ -13,8 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from rqc.compiler import data_files
-from rqc.compiler.finetune.chat_spans import alpaca_prompt
+from rqc.compiler import data_files, records
 from rqc.compiler.finetune.data import Collate, Examples, load_examples, read_training_tokenizer, split
 from rqc.compiler.finetune.tokenizer import TrainingTokenizer
 from rqc.runtime.chat import load_chat_template
@@ -204,7 +203,7 @@ def test_without_a_chat_template_an_instruction_is_an_alpaca_prompt_as_the_engin
     record = {**INSTRUCTION, "output": output}
     tokenizer = tokenizers(None, bos=bos)
     (example,) = load([record], None, bos=bos)
-    prompt = alpaca_prompt("Say where.", "the cat")
+    prompt = records.Instruction("", "Say where.", "the cat", "").prompt
     assert prompt.endswith("### Instruction:\nSay where.\n\n### Input:\nthe cat\n\n### Response:\n")
     ((start, ids),) = answers(example)
     assert example["input_ids"][:start].tolist() == tokenizer.encode(prompt, special=True)

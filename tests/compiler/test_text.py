@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny import add_tokenizer
 
-from rqc.compiler.model_text import text_of
-from rqc.compiler.text import calibration_text, parity_text, read_text, windows
-from rqc.runtime.errors import InputError
+from rqc.compiler.model_text import encoded, pieces_of, text_of
+from rqc.compiler.records import ALPACA, ALPACA_INPUT
+from rqc.compiler.text import calibration_text, parity_text, read_tokenizer, windows
+from rqc.runtime.errors import CheckpointError, InputError, RqcError
 
 SHIPPED = [(calibration_text, 200_000, 260_000), (parity_text, 50_000, 70_000)]
 
@@ -48,20 +50,25 @@ def test_records_of_every_form_are_joined_by_blank_lines(tmp_path: Path) -> None
         {"text": "a text"},
         {"instruction": "Add.", "input": "1 and 2", "output": "3"},
         {"instruction": "Greet.", "output": "Hello"},
-        {"instruction": "Greet.", "input": "", "output": "Höllo\u2028!"},
+        {"instruction": "Greet.", "input": None, "output": "Höllo\u2028!"},
     ]
-    expected = "plain\n\na text\n\nAdd.\n1 and 2\n3\n\nGreet.\nHello\n\nGreet.\nHöllo\u2028!"
+    asked = [
+        ALPACA_INPUT.format(instruction="Add.", input="1 and 2") + "3",
+        ALPACA.format(instruction="Greet.") + "Hello",
+        ALPACA.format(instruction="Greet.") + "Höllo\u2028!",
+    ]
+    expected = "\n\n".join(["plain", "a text", *asked])
     (tmp_path / "a.json").write_text(json.dumps(records, indent=1))
     lines = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     (tmp_path / "a.jsonl").write_bytes(("\ufeff" + lines + "\n\n").encode())
-    assert read_text(tmp_path / "a.json") == expected
-    assert read_text(str(tmp_path / "a.jsonl")) == expected
+    assert text_of(tmp_path / "a.json", tmp_path) == expected
+    assert text_of(tmp_path / "a.jsonl", tmp_path) == expected
 
 
 def test_a_text_file_is_read_as_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "a.TXT"
     path.write_text("Héllo\n\n{not json}\n", encoding="utf-8")
-    assert read_text(path) == "Héllo\n\n{not json}\n"
+    assert text_of(path, tmp_path) == "Héllo\n\n{not json}\n"
 
 
 @pytest.mark.parametrize(
@@ -71,25 +78,25 @@ def test_a_text_file_is_read_as_it_stands(tmp_path: Path) -> None:
         ("a.json", b"", "no text"),
         ("a.json", b"[]", "no text"),
         ("a.jsonl", b"\n\n", "no text"),
-        ("a.jsonl", b'{"text": ""}', "no text"),
+        ("a.jsonl", b'{"text": ""}', 'line 1: "text" is empty'),
         ("a.txt", b"ab\xff", "line 1: not UTF-8"),
         ("a.csv", b"text", "are not read"),
         ("a.json", b'["a",\n"b"', "line 2: not JSON"),
         ("a.json", b'{"text": "a"}', "one object where a list"),
-        ("a.json", b'["a", 3]', "line 1: a int"),
+        ("a.json", b'["a", 3]', "line 1: a number where a record"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": ', "line 3: not JSON"),
-        ("a.jsonl", b'"a"\n{"body": "a"}', 'line 2: neither "text" nor "instruction"'),
-        ("a.jsonl", b'{"instruction": "a", "input": "b"}', 'line 1: neither "text" nor "output"'),
-        ("a.jsonl", b'{"text": 3}', "line 1: text must be strings"),
-        ("a.jsonl", b'{"instruction": "a", "output": null}', "line 1: instruction, input, output must be strings"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', 'line 1: "messages" where there is no model'),
+        ("a.jsonl", b'"a"\n{"body": "a"}', 'line 2: a record of "body" has no known form'),
+        ("a.jsonl", b'{"instruction": "a", "input": "b"}', 'line 1: an "instruction" without an "output"'),
+        ("a.jsonl", b'{"text": 3}', 'line 1: "text" is a number'),
+        ("a.jsonl", b'{"instruction": "a", "output": null}', 'line 1: "output" is a null'),
+        ("a.jsonl", b'"lone \\ud800"', "line 1: the text is not valid Unicode"),
     ],
 )
 def test_a_malformed_file_is_refused_with_place_and_hint(tmp_path: Path, name: str, content: bytes, cause: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        read_text(path)
+        text_of(path, tmp_path)
     assert str(path) in caught.value.message
     assert cause in caught.value.message
     assert caught.value.hint
@@ -99,7 +106,7 @@ def test_a_malformed_file_is_refused_with_place_and_hint(tmp_path: Path, name: s
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(InputError, match=name) as caught:
-        read_text(tmp_path / name)
+        text_of(tmp_path / name, tmp_path)
     assert caught.value.hint
 
 
@@ -121,35 +128,72 @@ def test_windows_refuse_nothing_to_cut(ids: list[int], length: int, count: int) 
 
 
 TEMPLATE = "{{ strftime_now('%Y') }}:{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ tools or '' }}"
+HI, HO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
 
 
-def test_conversations_are_what_the_model_makes_of_them(tmp_path: Path) -> None:
+def test_records_are_what_the_model_makes_of_them(tmp_path: Path) -> None:
+    """An instruction is a conversation where the model has a template, as it is in a fine-tune."""
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    records = [{"messages": turns, "text": "no"}, {"text": "plain"}, {"messages": turns[:1], "tools": [{"a": 1}]}]
+    records = [
+        {"messages": [HI, HO], "text": "no"},
+        {"text": "plain"},
+        {"messages": [HI, HO], "tools": [{"a": 1}]},
+        {"instruction": "Add.", "input": "1", "output": "2"},
+    ]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    assert text_of(path, tmp_path) == "2024:<user>Hi<assistant>Ho\n\nplain\n\n2024:<user>Hi[{'a': 1}]"
+    turns = "2024:<user>Hi<assistant>Ho"
+    assert text_of(path, tmp_path) == f"{turns}\n\nplain\n\n{turns}[{{'a': 1}}]\n\n2024:<user>Add.\n\n1<assistant>2"
     assert text_of(None, tmp_path) == calibration_text()
 
 
 @pytest.mark.parametrize(
-    ("template", "messages", "cause"),
+    "config", [{"chat_template": TEMPLATE}, {"chat_template": [{"name": "tool_use", "template": TEMPLATE}]}]
+)
+def test_a_template_may_stand_in_the_configuration(tmp_path: Path, config: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": [HI, HO], "tools": [{"a": 1}]}]))
+    assert text_of(tmp_path / "a.json", tmp_path) == "2024:<user>Hi<assistant>Ho[{'a': 1}]"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error", "cause"),
     [
-        (None, [{"role": "user", "content": "Hi"}], "no chat template for messages"),
-        ("{{ messages }}", [{"content": "Hi"}], "message 0 has no role"),
-        ("{{ messages }}", "Hi", "a chat is a list of messages"),
-        ("{{ raise_exception('no') }}", [{"role": "user", "content": "Hi"}], "refuses these messages: no"),
+        ("other", "", InputError, "line 1: the model has no chat template for messages"),
+        ("tokenizer_config.json", '{"chat_template": [{"template": "x"}, "y"]}', InputError, "no chat template"),
+        ("tokenizer_config.json", "{nope", CheckpointError, "tokenizer_config.json is not valid JSON"),
+        ("chat_template.jinja", "{% if %}", CheckpointError, "chat template cannot be read"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", InputError, "line 1: .* refuses these messages: no"),
     ],
 )
 def test_a_conversation_that_cannot_be_rendered_is_named(
-    tmp_path: Path, template: str | None, messages: object, cause: str
+    tmp_path: Path, name: str, content: str, error: type[RqcError], cause: str
 ) -> None:
-    if template is not None:
-        (tmp_path / "chat_template.jinja").write_text(template)
+    (tmp_path / name).write_text(content)
     path = tmp_path / "a.json"
-    path.write_text(json.dumps(["first", {"messages": messages}]))
-    with pytest.raises(InputError, match=cause) as caught:
+    path.write_text(json.dumps([{"messages": [HI, HO]}]))
+    with pytest.raises(error, match=cause) as caught:
         text_of(path, tmp_path)
-    assert f"{path}, line 1: " in caught.value.message
+    assert "compile the engine again" not in caught.value.hint
     assert caught.value.hint
+
+
+def test_no_more_is_encoded_than_is_wanted(tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(add_tokenizer(tmp_path))
+    assert tokenizer is not None
+    tokenizer.enable_truncation(5)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "a" * 1000}) for _ in range(1000)))
+    whole = encoded(tokenizer, pieces_of(path, tmp_path), tmp_path, 95)
+    assert len(whole) == 1000 * 1000 + 999 * 2
+    read: list[str] = []
+
+    def heard() -> Iterator[str]:
+        for piece in pieces_of(path, tmp_path):
+            read.append(piece)
+            yield piece
+
+    part = encoded(tokenizer, heard(), tmp_path, 95, enough=3000)
+    assert len(read) == 1
+    assert 3000 <= len(part) < len(whole) / 3
+    assert part == whole[: len(part)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rqc.compiler.rotate.run import NOISE
 from rqc.models.cayley import CayleySGD, cayley, skew
 
 
@@ -39,6 +40,18 @@ def test_a_gradient_off_the_manifold_moves_nothing() -> None:
     symmetric = torch.from_numpy(np.random.default_rng(2).standard_normal((1, 24, 24)))
     CayleySGD([x], [torch.zeros_like(x)], 0.9).step([(symmetric + symmetric.mT) @ x], 1.0)
     torch.testing.assert_close(x, before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_rounding_makes_of_a_gradient_off_the_manifold_moves_little(dtype: str) -> None:
+    x = orthogonal(1, 96)
+    before = x.clone()
+    symmetric = torch.from_numpy(np.random.default_rng(2).standard_normal((1, 96, 96)))
+    of = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    gradient = ((symmetric + symmetric.mT).to(of) @ x.to(of)).double()
+    CayleySGD([x], [torch.zeros_like(x)], 0.9, NOISE[dtype]).step([gradient], 0.25)
+    assert float((x - before).norm() / x.norm()) < {"fp32": 1e-3, "bf16": 0.02}[dtype]
+    assert not torch.equal(x, before)
 
 
 def test_a_step_is_the_exponential_to_second_order() -> None:

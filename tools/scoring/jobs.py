@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import TypeVar
 
+import torch
+
 Item = TypeVar("Item")
+INTERRUPTED = 130
+"""What a shell says of a command that Ctrl-C has ended."""
 
 
 def side_by_side(work: Callable[[Item], None], items: Iterable[Item], jobs: int) -> None:
-    """Do the work for all items, `jobs` at a time; what one raises ends all.
+    """Do the work for all items, `jobs` at a time. What one raises is raised when those that run beside it are done; no
+    other is started.
 
     Each job has an equal share of the cores: a thread's affinity is that of the threads and processes that it starts,
     so that neither PyTorch nor ONNX Runtime of one job waits for the other's.
@@ -21,6 +26,19 @@ def side_by_side(work: Callable[[Item], None], items: Iterable[Item], jobs: int)
     cores = sorted(os.sched_getaffinity(0))
     for job in range(jobs):
         shares.put(cores[job % len(cores) :: jobs])
-    with ThreadPoolExecutor(jobs, initializer=lambda: os.sched_setaffinity(0, shares.get())) as pool:
-        for _ in pool.map(work, items):
-            pass
+    pool = ThreadPoolExecutor(jobs, initializer=lambda: _take(shares.get()))
+    started = [pool.submit(work, item) for item in items]
+    try:
+        wait(started, return_when=FIRST_EXCEPTION)
+    except KeyboardInterrupt:  # the commands that were running have had it too; what ran in here would not end
+        os._exit(INTERRUPTED)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for done in started:
+        if not done.cancelled():
+            done.result()
+
+
+def _take(cores: list[int]) -> None:
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))

@@ -17,7 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rqc.compiler.text import read_text, read_tokenizer
+from rqc.compiler.model_text import text_of
+from rqc.compiler.text import read_tokenizer
 from rqc.compiler.verify.parity import Ids, cut, perplexity
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine import Engine
@@ -66,7 +67,7 @@ class Place:
     def windows(self) -> list[Ids]:
         """The tokens that are evaluated on. Raises InputError where the text has fewer than asked for."""
         if self.text == "wikitext":
-            text = read_text(self.data / "wikitext-2" / "test.txt")
+            text = text_of(self.data / "wikitext-2" / "test.txt", self.model)
         else:
             text = "\n\n".join(record["text"] for record in self._documents()[C4_SPLIT:])
         tokenizer = read_tokenizer(self.model)
@@ -79,7 +80,7 @@ class Place:
 
     def check(self) -> None:
         """Read the texts before hours are spent on the first row. Raises InputError, CheckpointError."""
-        read_text(self.calibration)
+        text_of(self.calibration, self.model)
         _ = self.windows
 
     def _documents(self) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What one record of training data says: a text, an instruction with its answer, or a conversation."""
+"""What one record of a data file says: a text, an instruction with its answer, or a conversation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ from rqc.runtime.errors import InputError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ANSWERS = "assistant"
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""The prompt of Stanford Alpaca, with the answer on a line of its own as alpaca-lora and LLM-Adapters have it."""
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 _FORMS = 'a record is {"text"}, {"instruction", "input", "output"} or {"messages"}'
 _MESSAGE = 'a message is {"role": "user", "content": "Hi"}'
 _EMPTY = "remove the record, or give it an answer"
@@ -35,9 +46,15 @@ class Instruction:
     output: str
 
     @property
-    def question(self) -> str:
-        """What the user says: the instruction and, behind a blank line, the input."""
-        return "\n\n".join(part for part in (self.instruction, self.input) if part)
+    def messages(self) -> list[dict[str, Any]]:
+        """The same as a conversation: the instruction and, behind a blank line, the input; and the answer."""
+        asked = "\n\n".join(part for part in (self.instruction, self.input) if part)
+        return [{"role": "user", "content": asked}, {"role": ANSWERS, "content": self.output}]
+
+    @property
+    def prompt(self) -> str:
+        """The task for a model without a chat template."""
+        return (ALPACA_INPUT if self.input else ALPACA).format(instruction=self.instruction, input=self.input)
 
 
 @dataclass(frozen=True)
