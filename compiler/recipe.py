@@ -69,17 +69,18 @@ class Recipe:
 
     compensate_rank: of the branch beside each linear (of fewer dimensions: all it has), compensate_budget: bits of all
     branches for each weight, spread where they take off most; sparsity, prune: which weights are zero, and by what.
-    activation_symmetric, activation_clip: of a grid per token; "auto" is searched on the calibration text, tensor by
-    tensor. rotate: "auto", or the rotated sites (none of them: no rotation). rotation_file, by the name of "rotation":
-    what `rqc rotate` has learned, with the sites, seed and kind that it says of the others. embedding_bits, head_bits:
-    16 and 32 are floats; None is the scheme's default. max_memory: bytes. calibration: text or records (`model_text`), None for the text
-    that ships; calibration_samples windows of calibration_length tokens are read from it, and run on the device.
-    adapter: PEFT directories, whose sum is merged as `merge` says, or which stay beside the weights to be switched at
-    run time if they have names; a compile fails where less than min_survival is left in a linear. layers: rules that
-    give linears other widths than the scheme's, the last that matches counts; bits_budget: the mean of the bits of all
-    linears of the blocks, which those without a rule fill. given: the options that were asked for by name, which what
-    an adapter brings along does not replace. widths: what rules and budget come to, by weight name, once the model is
-    known; clips: the ratios that were searched, by weight name, once its frame is.
+    activation_symmetric, activation_clip: of a grid per token; "auto" is searched on the calibration text, tensor
+    by tensor. rotate: "auto", or the rotated sites (none of them: no rotation). rotation_file, by the name of
+    "rotation": what `rqc rotate` has learned, with the sites, seed and kind that it says of the others.
+    embedding_bits, head_bits: 16 and 32 are floats; None is the scheme's default. max_memory: bytes. calibration:
+    text or records (`model_text`), None for the text that ships; calibration_samples windows of calibration_length
+    tokens are read from it, and run on the device. adapter: PEFT directories, whose sum is merged as `merge` says,
+    or which stay beside the weights to be switched at run time if they have names; a compile fails where less than
+    min_survival is left in a linear. layers: rules that give linears other widths than the scheme's, the last that
+    matches counts; bits_budget: the mean of the bits of all linears of the blocks, which those without a rule fill.
+    given: the options that were asked for by name, which what an adapter brings along does not replace. widths:
+    what rules and budget come to, by weight name, once the model is known; clips: the ratios that were searched, by
+    weight name, once its frame is.
     """
 
     target: str = "onnx"

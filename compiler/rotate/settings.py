@@ -29,8 +29,8 @@ class RotateSettings:
     scheme, group_size, activation_symmetric, activation_clip, kv_cache: what the engine will round. weights: "float",
     or "rtn": rounded to nearest too, symmetric or not, with unclipped ranges. rotate, rotation_seed, hadamard: the
     rotation that is started from, whose R1 and R2 are learned; what else it has stays. calibration: text or records
-    (`model_text`), None for the text that ships. lr: how far a step turns at first (‖α Y‖₁ of `CayleySGD`), up to 1; it follows a cosine.
-    seed: of the order of the text.
+    (`model_text`), None for the text that ships. lr: how far a step turns at first (‖α Y‖₁ of `CayleySGD`), up to
+    1; it follows a cosine. seed: of the order of the text.
     """
 
     scheme: Scheme = SCHEMES["w4a4"]
