@@ -158,6 +158,22 @@ def test_a_table_goes_on_after_a_row_that_fails(
     assert "[2 of 2] w4a4.none.rtn.64" in capsys.readouterr().err
 
 
+def test_perplexities_are_crossed_by_rotation_and_method(script: ModuleType, rows: ModuleType) -> None:
+    names = {
+        "w4a4.learned.gptq.64": 1.0,
+        "w4a4.none.gptq.64": 2.0,
+        "w4a4.none.rtn.64": 3.0,
+        "w6a6.none.rtn.channel": 4.0,
+    }
+    found = {rows.BY_NAME[name]: _row(value) for name, value in names.items()}
+    assert script.crossed(found).split("\n") == [
+        "| scheme | group | none, rtn | none, gptq | learned, gptq |",
+        "| --- | --- | --- | --- | --- |",
+        "| w4a4 | 64 | 3.00 | 2.00 | 1.00 |",
+        "| w6a6 | per channel | 4.00 |  |  |",
+    ]
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a single core")
 def test_jobs_run_side_by_side_on_cores_of_their_own(script: ModuleType) -> None:
     both, cores = Barrier(2, timeout=20), []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from scoring.rows import PER_CHANNEL, Row
+from scoring.rows import LEARNED, PER_CHANNEL, ROTATIONS, Row
 
 HEAD = (
     "scheme",
@@ -28,11 +28,32 @@ def table(found: Mapping[Row, Mapping[str, Any]], failed: Mapping[Row, str], bas
     lines = [HEAD, ["---"] * len(HEAD), ["float, PyTorch", "", "", "", f"{base:.2f}", "1", *[""] * 5]]
     lines += [[*_named(row), *_figures(one, base)] for row, one in found.items()]
     lines += [[*_named(row), f"failed: {why}", *[""] * 6] for row, why in failed.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return _markdown(lines)
+
+
+def crossed(found: Mapping[Row, Mapping[str, Any]]) -> str:
+    """Perplexities alone, a line for each scheme and group size, a column for each rotation and method."""
+    rotations = [*ROTATIONS, LEARNED]
+    there = {(row.rotation, row.method) for row in found}
+    columns = sorted(there, key=lambda one: (rotations.index(one[0]), one[1] != "rtn"))
+    lines = [["scheme", "group", *map(", ".join, columns)], ["---"] * (2 + len(columns))]
+    for kind, group in dict.fromkeys((row.kind, row.group) for row in found):
+        rows = [Row(kind, *column, group) for column in columns]
+        scores = [f"{found[row]['perplexity']:,.2f}" if row in found else "" for row in rows]
+        lines.append([kind, _size(group), *scores])
+    return _markdown(lines)
 
 
 def _named(row: Row) -> list[str]:
-    return [row.kind, row.rotation, row.method, "per channel" if row.group == PER_CHANNEL else str(row.group)]
+    return [row.kind, row.rotation, row.method, _size(row.group)]
+
+
+def _size(group: int) -> str:
+    return "per channel" if group == PER_CHANNEL else str(group)
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _figures(one: Mapping[str, Any], base: float) -> list[str]:
