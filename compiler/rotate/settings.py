@@ -45,7 +45,7 @@ class RotateSettings:
     hadamard: str = "full"
     calibration: Path | None = None
     steps: int = 100
-    lr: float = 0.25
+    lr: float = 0.06
     momentum: float = 0.9
     batch_size: int = 1
     seq_len: int = 1024
@@ -66,7 +66,7 @@ class RotateSettings:
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}", hint=f"{name} is {least} or more")
         if not (0 < self.lr <= 1):
-            raise InputError(f"lr is {self.lr}", hint="lr is more than 0 and up to 1, such as 0.25")
+            raise InputError(f"lr is {self.lr}", hint="lr is more than 0 and up to 1, such as 0.06")
         if not 0 <= self.momentum < 1:
             raise InputError(f"momentum is {self.momentum}", hint="momentum is a share below 1, such as 0.9")
         if not 0 < self.activation_clip <= 1:
