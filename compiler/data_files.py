@@ -7,6 +7,7 @@ as a whole, for it is one value, but its records are parsed one after the other.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,14 +133,13 @@ def _whole(path: Path) -> str:
 
 def _text_lines(path: Path) -> Iterator[str]:
     """Lines, the long ones in parts, with their ends as `\\n`."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     number = 1
     try:
         for raw in _lines(path, PIECE):
-            text = decoder.decode(raw)
-            yield text[:-2] + "\n" if text.endswith("\r\n") else text
+            yield decoder.decode(raw)
             number += raw.endswith(b"\n")
-        decoder.decode(b"", final=True)
+        yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise _not_utf8(f"{path}, line {number}") from error
 

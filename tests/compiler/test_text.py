@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny import add_tokenizer
 
+from rqc.compiler import data_files
 from rqc.compiler.model_text import encoded, pieces_of, text_of
 from rqc.compiler.records import ALPACA, ALPACA_INPUT
 from rqc.compiler.text import calibration_text, parity_text, read_tokenizer, windows
@@ -69,6 +70,15 @@ def test_a_text_file_is_read_as_it_stands(tmp_path: Path) -> None:
     path = tmp_path / "a.TXT"
     path.write_text("Héllo\n\n{not json}\n", encoding="utf-8")
     assert text_of(path, tmp_path) == "Héllo\n\n{not json}\n"
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_ends_of_lines_are_one_kind_wherever_they_fall(
+    tmp_path: Path, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_files, "PIECE", 4)
+    (tmp_path / "a.txt").write_bytes(b"a" * before + b"\r\nbb\rc\r\n\r\nd\r")
+    assert text_of(tmp_path / "a.txt", tmp_path) == "a" * before + "\nbb\nc\n\nd\n"
 
 
 @pytest.mark.parametrize(
