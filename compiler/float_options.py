@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def check_floats(recipe: Recipe) -> None:
     """Raise SchemeError for options that have no meaning, or no implementation, for weights of small floats."""
     scheme = recipe.scheme
-    if not scheme.small_floats:
+    if scheme.weights == "integer":
         return
     near = "w8a16" if scheme.weight_bits == 8 else "w4a16"
     if recipe.target == "onnx":

@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
+from rqc.compiler.chat_templates import ChatTemplates
 from rqc.compiler.data_files import checked_suffix, json_values, text_pieces
 from rqc.compiler.records import Instruction, Record, Text, record_of
 from rqc.compiler.text import calibration_text
-from rqc.compiler.tokenizer_files import SETTINGS, check_template, optional_object
-from rqc.runtime.chat import ChatTemplate, load_chat_template, template_source
 from rqc.runtime.errors import CheckpointError, InputError
 
 TODAY = datetime(2024, 7, 26)
@@ -28,7 +26,7 @@ def text_of(named: Path | None, directory: Path) -> str:
     them, or the text that ships.
 
     Raises InputError if the file is missing, of another kind, not UTF-8, without text, or if a record is malformed,
-    naming its line; CheckpointError for a damaged chat template.
+    naming its line; CheckpointError for damaged files of its chat template.
     """
     text = "".join(pieces_of(named, directory))
     if not text.strip():
@@ -43,7 +41,7 @@ def pieces_of(named: Path | None, directory: Path) -> Iterator[str]:
     elif checked_suffix(named) == ".txt":
         yield from text_pieces(named)
     else:
-        yield from _joined(_records(named, _Templates(directory)))
+        yield from _joined(_records(named, ChatTemplates.of(directory, TODAY)))
 
 
 def encoded(
@@ -68,33 +66,7 @@ def encoded(
     return ids
 
 
-class _Templates:
-    """The chat templates of a model directory, read when there is something to render."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._read: dict[bool, ChatTemplate | None] = {}
-
-    def of(self, *, tools: bool) -> ChatTemplate | None:
-        """The one for conversations with tools or without. Raises CheckpointError for a damaged one."""
-        if tools not in self._read:
-            self._read[tools] = self._template(tools)
-        return self._read[tools]
-
-    def _template(self, tools: bool) -> ChatTemplate | None:
-        check_template(self.directory)
-        for name in SETTINGS[:2]:
-            optional_object(self.directory / name)  # raises where it is damaged
-        files = {name: (self.directory / name).read_bytes() for name in SETTINGS if (self.directory / name).is_file()}
-        if not template_source(files, with_tools=tools):
-            return None
-        try:
-            return load_chat_template(files, with_tools=tools, today=TODAY)
-        except InputError as error:
-            raise CheckpointError(f"{self.directory}: {error.message}", hint="correct its chat template") from error
-
-
-def _records(path: Path, templates: _Templates) -> Iterator[str]:
+def _records(path: Path, templates: ChatTemplates) -> Iterator[str]:
     for place, value in json_values(path):
         record = Text(place, value) if isinstance(value, str) else record_of(place, value)
         try:
@@ -107,30 +79,23 @@ def _records(path: Path, templates: _Templates) -> Iterator[str]:
         yield text
 
 
-def _rendered(record: Record, templates: _Templates) -> str:
+def _rendered(record: Record, templates: ChatTemplates) -> str:
     """What a model reads of a record: as the fine-tune has it, the answers included."""
     if isinstance(record, Text):
         return record.text
-    tools: Any = None if isinstance(record, Instruction) else record.tools
-    template = templates.of(tools=bool(tools))
-    if template is not None:
-        return template.render(record.messages, tools=tools, add_generation_prompt=False)
-    if isinstance(record, Instruction):
+    if isinstance(record, Instruction) and not templates.source():
         return record.prompt + record.output
-    raise InputError("the model has no chat template for messages", hint=_WITHOUT)
-
-
-_WITHOUT = 'put a chat_template.jinja into the model directory, or use {"instruction", "output"} records'
+    return templates.render(record.messages, None if isinstance(record, Instruction) else record.tools)
 
 
 def _joined(texts: Iterable[str]) -> Iterator[str]:
     """Texts with blank lines between them, several at a time."""
-    held: list[str] = []
-    between = ""
-    for text in texts:
-        held.append(between + text)
-        between = "\n\n"
-        if sum(map(len, held)) >= PIECE:
-            yield "".join(held)
-            held = []
-    yield "".join(held)
+    parts: list[str] = []
+    size = 0
+    for number, text in enumerate(texts):
+        parts.append(f"\n\n{text}" if number else text)
+        size += len(text)
+        if size >= PIECE:
+            yield "".join(parts)
+            parts, size = [], 0
+    yield "".join(parts)

@@ -17,16 +17,7 @@ from rqc.compiler.adapters.sources import AdapterSource, parse_sources
 from rqc.compiler.compensation_options import check_compensation
 from rqc.compiler.float_options import check_floats
 from rqc.compiler.layer_rules import LayerRule, check_budget, parse_rules
-from rqc.compiler.option_values import (
-    NUMBER,
-    PATH,
-    field_of,
-    file_values,
-    one_of,
-    parsed_values,
-    site_names,
-    typed,
-)
+from rqc.compiler.option_values import NUMBER, PATH, field_of, file_values, one_of, parsed_values, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.rotation import KINDS, SITES, Rotation
 from rqc.models.rotation_file import RotationFile

@@ -31,7 +31,7 @@ from rqc.runtime.errors import CheckpointError, SchemeError
 __all__ = ["AnyGrid", "FloatGrid", "FloatQuantized", "quantize_floats", "round_to"]
 
 Kind = Literal["fp8", "nvfp4"]
-FORMS: dict[str, tuple[SmallFloat, int]] = {"fp8": (E4M3, -1), "nvfp4": (E2M1, 16)}
+FORMS: dict[Kind, tuple[SmallFloat, int]] = {"fp8": (E4M3, -1), "nvfp4": (E2M1, 16)}
 """Values and inputs that share a scale, by kind."""
 LEAST_SCALE = np.float32(2.0**-17)
 """Eight significant bits of fp16's subnormals."""

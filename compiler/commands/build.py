@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rqc.compiler.commands.parameters import Json
 from rqc.compiler.console import result_on_stdout
 from rqc.runtime.inspection import size_text
 
@@ -24,7 +25,7 @@ def build(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="ENGINE", help="Another file.  [default: the same]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Add a TensorRT plan to an engine; on the device, the base install and TensorRT are enough."""
     from rqc.compiler.progress import Steps

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rqc.compiler.commands.parameters import CalibrationDevice, Json, Length, Samples, TextFile
 from rqc.compiler.console import result_on_stdout
 from rqc.runtime import doctor as doctors
 from rqc.runtime.inspection import size_text
@@ -32,17 +33,15 @@ def export(
     method: Annotated[
         str | None, typer.Option(help="rtn, rounding to nearest; gptq, fitted to text; auto.  [default: rtn]")
     ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text, or data as of finetune; a text ships with rqc.")
-    ] = None,
-    calibration_samples: Annotated[int | None, typer.Option(help="Windows of it.  [default: 64]")] = None,
-    calibration_length: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 512]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, or cuda: what calibration runs on.  [default: cpu]")] = None,
+    calibration: TextFile = None,
+    calibration_samples: Samples = None,
+    calibration_length: Length = None,
+    device: CalibrationDevice = None,
     adapter: Annotated[list[str] | None, typer.Option(metavar="DIR", help="A PEFT directory to fold in first.")] = None,
     min_survival: Annotated[
         float | None, typer.Option(help="Fail where rounding leaves less of the adapter in a linear.  [default: 0.5]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write an engine's codes, or a model rounded to 4 bits, as a Hugging Face checkpoint that other runtimes read."""
     doctors.require_compile()

@@ -8,15 +8,14 @@ from typing import Annotated
 
 import typer
 
+from rqc.compiler.commands.parameters import Json, ModelDir
 from rqc.compiler.console import result_on_stdout
 from rqc.runtime import doctor as doctors
 
 
 def finetune(
     context: typer.Context,
-    model_dir: Annotated[
-        Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.", show_default=False)
-    ],
+    model_dir: ModelDir,
     data: Annotated[
         Path, typer.Option(metavar="FILE", help="Records in .jsonl or .json, or a .txt.", show_default=False)
     ],
@@ -78,7 +77,7 @@ def finetune(
     export_plain: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write it in the model's own basis too, for any LoRA loader.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train an adapter in the rotated basis, and on the grid, of its engine."""
     doctors.require_compile()

@@ -7,15 +7,14 @@ from typing import Annotated
 
 import typer
 
+from rqc.compiler.commands.parameters import Json, ModelDir, TextFile
 from rqc.compiler.console import result_on_stdout
 from rqc.runtime import doctor as doctors
 
 
 def rotate(
     context: typer.Context,
-    model_dir: Annotated[
-        Path, typer.Argument(metavar="MODEL_DIR", help="A Hugging Face model directory.", show_default=False)
-    ],
+    model_dir: ModelDir,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="FILE", help="The rotation.safetensors to write.", show_default=False),
@@ -46,9 +45,7 @@ def rotate(
     ] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs at the start.  [default: 0]")] = None,
     hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Text, or data as of finetune; a text ships with rqc.")
-    ] = None,
+    calibration: TextFile = None,
     steps: Annotated[int | None, typer.Option(help="[default: 100]")] = None,
     lr: Annotated[
         float | None, typer.Option(help="How far a step turns, up to 1; it follows a cosine.  [default: 0.06]")
@@ -64,7 +61,7 @@ def rotate(
     ] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps after which the state is kept.  [default: 10]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run into FILE was stopped.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Learn R1 and R2 for what an engine rounds; compile --rotation FILE takes them."""
     doctors.require_compile()

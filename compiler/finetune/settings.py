@@ -12,15 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rqc.compiler.option_values import (
-    NUMBER,
-    PATH,
-    file_values,
-    one_of,
-    parsed_values,
-    site_names,
-    typed,
-)
+from rqc.compiler.option_values import NUMBER, PATH, file_values, one_of, parsed_values, site_names, typed
 from rqc.compiler.recipe import CLIPS, GROUP_SIZES
 from rqc.compiler.scheme import SCHEMES
 from rqc.models.adapter_basis import ADAPTER_TYPES, BASE_KINDS, MERGED_POOLS, POOLED

@@ -17,11 +17,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from rqc.compiler.chat_templates import ChatTemplates
 from rqc.compiler.importer import full_config
 from rqc.compiler.text import read_tokenizer
-from rqc.compiler.tokenizer_files import SETTINGS, check_template, converted_tokenizer, optional_object, special_ids
+from rqc.compiler.tokenizer_files import converted_tokenizer, optional_object, special_ids
 from rqc.models.checkpoint import model_directory
-from rqc.runtime.chat import ChatTemplate, checked_messages, load_chat_template, special_tokens, template_source
+from rqc.runtime.chat import checked_messages, special_tokens
 from rqc.runtime.errors import CheckpointError, InputError
 from rqc.runtime.text import TextCodec
 
@@ -35,8 +36,8 @@ class TrainingTokenizer:
     """Text and conversations to token ids.
 
     end_id: the token that ends a text, None if the model has none. stop_ids: tokens at which the engine stops.
-    pad_id: any token of the vocabulary, for padded positions count nowhere. config, files: of the model directory.
-    today: the day that templates write into a prompt (Llama 3.2's does), so that a run of two days has one; None: now.
+    pad_id: any token of the vocabulary, for padded positions count nowhere. config: of the model directory. templates:
+    of one day, which some write into a prompt (Llama 3.2's does), so that a run of two days has one.
     """
 
     tokenizer: Tokenizer
@@ -45,14 +46,12 @@ class TrainingTokenizer:
     stop_ids: frozenset[int]
     pad_id: int
     config: dict[str, Any] = field(repr=False)
-    files: dict[str, bytes] = field(repr=False)
-    today: datetime | None = None
-    _templates: dict[bool, ChatTemplate] = field(default_factory=dict, repr=False)
+    templates: ChatTemplates = field(repr=False)
 
     @property
     def has_chat(self) -> bool:
         """Whether the model has a chat template."""
-        return "chat_template.jinja" in self.files or bool(self.config.get("chat_template"))
+        return bool(self.templates.source())
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text. special: with what the engine puts around a prompt (bos)."""
@@ -72,11 +71,11 @@ class TrainingTokenizer:
 
         Raises InputError if there is no template or it refuses the messages.
         """
-        return self._template(bool(tools)).render(messages, tools=tools, add_generation_prompt=prompt)
+        return self.templates.render(messages, tools, prompt=prompt)
 
     def marks_answers(self, tools: Any) -> bool:
         """Whether the template says by `{% generation %}` what the assistant writes."""
-        return _MARK.search(template_source(self.files, with_tools=bool(tools))) is not None
+        return _MARK.search(self.templates.source(tools)) is not None
 
     def marked_spans(self, messages: Sequence[Message], tools: Any) -> list[Span]:
         """What the template marks in chat_text(messages, prompt=False), as ranges of characters.
@@ -85,11 +84,11 @@ class TrainingTokenizer:
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with _dated(self.today):
+        with _dated(self.templates.today):
             texts, spans = render_jinja_template(
                 conversations=[checked_messages(messages)],
                 tools=tools,
-                chat_template=template_source(self.files, with_tools=bool(tools)),
+                chat_template=self.templates.source(tools),
                 return_assistant_tokens_mask=True,
                 **special_tokens(self.config),
             )
@@ -99,21 +98,6 @@ class TrainingTokenizer:
                 hint="take the {% generation %} marks out of the template",
             )
         return [(start, end) for start, end in spans[0] if start < end]
-
-    def check_template(self) -> None:
-        """Raise InputError for a chat template that cannot be read."""
-        if self.has_chat:
-            self._template(False)
-
-    def _template(self, with_tools: bool) -> ChatTemplate:
-        if not self.has_chat:
-            raise InputError(
-                "the model has no chat template for messages",
-                hint='put a chat_template.jinja into the model directory, or use {"instruction", "output"} records',
-            )
-        if with_tools not in self._templates:
-            self._templates[with_tools] = load_chat_template(self.files, with_tools=with_tools, today=self.today)
-        return self._templates[with_tools]
 
 
 def read_training_tokenizer(model: str | Path, today: datetime | None = None) -> TrainingTokenizer:
@@ -130,8 +114,7 @@ def read_training_tokenizer(model: str | Path, today: datetime | None = None) ->
         )
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    check_template(directory)
-    files = {name: (directory / name).read_bytes() for name in SETTINGS if (directory / name).is_file()}
+    templates = ChatTemplates.of(directory, today)
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins, as in the runtime
         config |= optional_object(directory / name)
@@ -142,8 +125,8 @@ def read_training_tokenizer(model: str | Path, today: datetime | None = None) ->
     end = _end_id(tokenizer, config, stops)
     ends = [] if end is None else [end]
     pad = _pad_id([ids["pad_token_id"], *ends], full.get("vocab_size"))
-    found = TrainingTokenizer(tokenizer, codec, end, frozenset(stops or ends), pad, config, files, today)
-    found.check_template()
+    found = TrainingTokenizer(tokenizer, codec, end, frozenset(stops or ends), pad, config, templates)
+    templates.check()
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,20 @@ class RotateSettings:
 
         Raises InputError for an unknown name, with the nearest known one, and for a value of the wrong type.
         """
-        return cls(**parsed_values(values, [each.name for each in fields(cls)], "rotate", _parse))
+        parsed = parsed_values(values, [each.name for each in fields(cls)], "rotate", _parse)
+        settings = cls(**parsed)
+        settings._check_grid(parsed)
+        return settings
+
+    def _check_grid(self, asked: Collection[str]) -> None:
+        """Raise SchemeError for options of a grid, of those that were asked for by name, that no rounding has."""
+        blocks = self.grid is not None or self.scheme.activation_bits == 8
+        unused = [name for name, used in (("group_size", blocks), ("symmetric", self.grid is not None)) if not used]
+        if found := [name for name in unused if name in asked]:
+            raise SchemeError(
+                f"{' and '.join(found)} with --scheme {self.scheme} and weights in floats, where nothing has it",
+                hint="--weights rtn, or leave it out",
+            )
 
 
 def _parse(name: str, value: Any) -> Any:

@@ -13,17 +13,17 @@ from rqc.compiler.verify.precision import PRECISIONS, Precision
 from rqc.compiler.verify.stored import StoredGraph, StoredLinear
 from rqc.compiler.verify.stored_sides import StoredSide
 from rqc.models.delta import Delta, magnitude_ratio, row_norms
-from rqc.models.float_grid import AnyGrid, FloatGrid, FloatQuantized, Kind, round_to
+from rqc.models.float_grid import FORMS, AnyGrid, FloatGrid, FloatQuantized, Kind, round_to
 from rqc.models.grid import Grid
 from rqc.models.packing import Quantized, by_block
 from rqc.models.reference import Reference
-from rqc.models.small_floats import E2M1, E4M3, SmallFloat
+from rqc.models.small_floats import SmallFloat
 
 FLOAT_LIMITS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 """Relative distance to which storing a weight as a float may move it: a fold's rounding, and a unit of its type."""
 MOST = 0.9
 """No grid moves a weight further; the weight of another model lies at √2."""
-KINDS: dict[SmallFloat, Kind] = {E4M3: "fp8", E2M1: "nvfp4"}
+KINDS: dict[SmallFloat, Kind] = {form: kind for kind, (form, _) in FORMS.items()}
 """Grids of small floats by their values."""
 TIE = 1e-3
 """Steps by which a code may be off the nearest one, and a zero point off an integer: ties fall either way."""

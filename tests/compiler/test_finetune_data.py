@@ -120,7 +120,7 @@ def load(tmp_path: Path, tokenizers: Callable[..., TrainingTokenizer]) -> Callab
 
 def fed(tokenizer: TrainingTokenizer, messages: list[dict[str, Any]]) -> list[int]:
     """What Engine.chat_ids feeds, by the runtime's own code on the engine's files."""
-    text = load_chat_template(tokenizer.files).render(messages)
+    text = load_chat_template(tokenizer.templates.files).render(messages)
     return TextCodec(tokenizer.tokenizer.to_str().encode()).encode(text, special=False)
 
 

@@ -149,6 +149,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[RqcError], str]] = {
     "kernel's grid": ({"scheme": "w4a8", "activation_symmetric": False}, SchemeError, "w6a6"),
     "steps": ({"steps": 0}, InputError, "steps is 1 or more"),
     "lr": ({"lr": float("nan")}, InputError, "0.06"),
+    "group": ({"group_size": 64}, SchemeError, "--weights rtn"),
+    "asymmetric": ({"scheme": "w4a8", "symmetric": False}, SchemeError, "--weights rtn"),
     "turn": ({"lr": 1.5}, InputError, "up to 1"),
     "momentum": ({"momentum": 1.0}, InputError, "0.9"),
     "clip": ({"activation_clip": 0.0}, InputError, "above 0"),

@@ -172,7 +172,7 @@ def test_a_template_may_stand_in_the_configuration(tmp_path: Path, config: objec
         ("other", "", InputError, "line 1: the model has no chat template for messages"),
         ("tokenizer_config.json", '{"chat_template": [{"template": "x"}, "y"]}', InputError, "no chat template"),
         ("tokenizer_config.json", "{nope", CheckpointError, "tokenizer_config.json is not valid JSON"),
-        ("chat_template.jinja", "{% if %}", CheckpointError, "chat template cannot be read"),
+        ("chat_template.jinja", "{% if %}", InputError, "line 1: .* chat template cannot be read"),
         ("chat_template.jinja", "{{ raise_exception('no') }}", InputError, "line 1: .* refuses these messages: no"),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_conversation_that_cannot_be_rendered_is_named(
     path.write_text(json.dumps([{"messages": [HI, HO]}]))
     with pytest.raises(error, match=cause) as caught:
         text_of(path, tmp_path)
-    assert "compile the engine again" not in caught.value.hint
+    assert "engine" not in caught.value.hint
     assert caught.value.hint
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
@@ -158,7 +160,7 @@ def test_a_table_goes_on_after_a_row_that_fails(
     assert "[2 of 2] w4a4.none.rtn.64" in capsys.readouterr().err
 
 
-def test_perplexities_are_crossed_by_rotation_and_method(script: ModuleType, rows: ModuleType) -> None:
+def test_perplexities_are_pivoted_by_rotation_and_method(script: ModuleType, rows: ModuleType) -> None:
     names = {
         "w4a4.learned.gptq.64": 1.0,
         "w4a4.none.gptq.64": 2.0,
@@ -166,7 +168,7 @@ def test_perplexities_are_crossed_by_rotation_and_method(script: ModuleType, row
         "w6a6.none.rtn.channel": 4.0,
     }
     found = {rows.BY_NAME[name]: _row(value) for name, value in names.items()}
-    assert script.crossed(found).split("\n") == [
+    assert script.pivot(found).split("\n") == [
         "| scheme | group | none, rtn | none, gptq | learned, gptq |",
         "| --- | --- | --- | --- | --- |",
         "| w4a4 | 64 | 3.00 | 2.00 | 1.00 |",
@@ -190,12 +192,33 @@ def test_jobs_run_side_by_side_on_cores_of_their_own(script: ModuleType) -> None
     )
     assert os.sched_getaffinity(0) == mine
 
+
+def test_an_interrupt_ends_jobs_that_would_go_on(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from scoring.jobs import side_by_side\n"
+        "side_by_side(lambda item: (print(item, flush=True), time.sleep(60)), range(4), 1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(TOOLS)], stdout=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"0\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        assert process.stdout.read() == b""
+
+
+def test_what_a_job_raises_ends_them_all(script: ModuleType) -> None:
+    done = []
+
     def stumble(item: int) -> None:
-        if item:
+        done.append(item)
+        sleep(0.02)
+        if item == 1:
             raise OSError("no space")
 
     with pytest.raises(OSError, match="no space"):
-        script.side_by_side(stumble, range(3), 1)
+        script.side_by_side(stumble, range(50), 1)
+    assert 1 < len(done) < 50
 
 
 def test_a_compile_that_ends_with_an_error_says_which(measure: ModuleType, tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ def side_by_side(work: Callable[[Item], None], items: Iterable[Item], jobs: int)
     started = [pool.submit(work, item) for item in items]
     try:
         wait(started, return_when=FIRST_EXCEPTION)
-    except KeyboardInterrupt:  # the commands that were running have had it too; what ran in here would not end
+    except KeyboardInterrupt:
+        # Commands that were running have had it too; what runs in here would go on to its end. Of a scratch folder that
+        # is left the next run frees the disk.
         os._exit(INTERRUPTED)
     finally:
         pool.shutdown(cancel_futures=True)

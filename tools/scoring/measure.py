@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from rqc.runtime.container import EngineFile
 from rqc.runtime.engine import Engine
 from rqc.runtime.errors import InputError, RqcError
 from rqc.runtime.inspection import inspect_engine, token_bytes
+from rqc.runtime.replace_file import scratch_folder
 from scoring.rows import CALIBRATION, LEARNED, Row
 
 TEXTS = ("wikitext", "c4")
@@ -205,8 +205,7 @@ def _compare(row: Row, place: Place) -> Measured:
 def _compiled(row: Row, place: Place) -> Iterator[tuple[Path, Measured]]:
     """A row's engine, which is there for as long as it is looked at, and what the compile said."""
     shared = ("--calibration", place.calibration, *CALIBRATION)
-    place.work.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="engine-", dir=place.work) as folder:  # its own: others may want this row
+    with scratch_folder("row") as folder:  # its own: others may want this row
         engine = Path(folder) / f"{row.name}.plan"
         yield engine, rqc("compile", place.model, "-o", engine, *shared, *row.options(place.learned))
 

@@ -83,8 +83,8 @@ FAITHFUL = (
     *_rows("w8a8 w6a6 w4a8 w4a4 w4a4-kv4", "all", "rtn", (64,)),
     *_rows("w4a4 w4a4-kv4", "all", "gptq", (64,)),
 )
-"""Each scheme that rounds activations, compared with PyTorch's fake quantization. At 4 bits by GPTQ as well: what is
-rounded to nearest is three times as perplexed, and so answers three times as wildly to the last bit of a sum."""
+"""Each scheme that rounds activations, compared with PyTorch's fake quantization; at 4 bits also by GPTQ, which is what
+one would ship."""
 BY_NAME = {row.name: row for row in (*ROWS, *FAITHFUL)}
 
 

@@ -31,7 +31,7 @@ def table(found: Mapping[Row, Mapping[str, Any]], failed: Mapping[Row, str], bas
     return _markdown(lines)
 
 
-def crossed(found: Mapping[Row, Mapping[str, Any]]) -> str:
+def pivot(found: Mapping[Row, Mapping[str, Any]]) -> str:
     """Perplexities alone, a line for each scheme and group size, a column for each rotation and method."""
     rotations = [*ROTATIONS, LEARNED]
     there = {(row.rotation, row.method) for row in found}
