@@ -3,6 +3,7 @@ is always the same; tokens by its tokenizer."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -28,14 +29,28 @@ def text_of(named: Path | None, directory: Path) -> str:
     Raises InputError if the file is missing, of another kind, not UTF-8, without text, or if a record is malformed,
     naming its line; CheckpointError for damaged files of its chat template.
     """
-    text = "".join(pieces_of(named, directory))
-    if not text.strip():
-        raise InputError(f"{named}: no text in the file", hint="name a file with some paragraphs of prose in it")
-    return text
+    return "".join(pieces_of(named, directory))
+
+
+def hash_of(named: Path | None, directory: Path) -> str:
+    """sha256 of the same, in UTF-8, of which a piece at a time is in memory. Raises as `text_of`."""
+    digest = hashlib.sha256()
+    for piece in pieces_of(named, directory):
+        digest.update(piece.encode())
+    return digest.hexdigest()
 
 
 def pieces_of(named: Path | None, directory: Path) -> Iterator[str]:
-    """The same in pieces, read one after the other."""
+    """The same in pieces, read one after the other; that there was no text is found at the end."""
+    empty = True
+    for piece in _pieces(named, directory):
+        empty = empty and not piece.strip()
+        yield piece
+    if empty:
+        raise InputError(f"{named}: no text in the file", hint="name a file with some paragraphs of prose in it")
+
+
+def _pieces(named: Path | None, directory: Path) -> Iterator[str]:
     if named is None:
         yield calibration_text()
     elif checked_suffix(named) == ".txt":

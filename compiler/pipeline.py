@@ -13,7 +13,14 @@ import onnx_ir as ir
 from rqc.compiler import manifest as manifests
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.adapters.reading import open_adapter, survival_of
-from rqc.compiler.calibration.calibrated import calibrated, tell_unread, with_method
+from rqc.compiler.calibration.calibrated import (
+    calibrated,
+    calibrates,
+    calibration_need,
+    reads_text,
+    tell_unread,
+    with_method,
+)
 from rqc.compiler.calibration.clips import searched_clips
 from rqc.compiler.calibration.compensation import check_beside, expected, said_of
 from rqc.compiler.calibration.findings import Findings
@@ -22,7 +29,7 @@ from rqc.compiler.calibration.layer_widths import measured_widths, with_widths
 from rqc.compiler.calibration.ranges import ranges_on_text, unmeasured
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent
-from rqc.compiler.model_text import text_of
+from rqc.compiler.model_text import hash_of
 from rqc.compiler.passlist import passes_of
 from rqc.compiler.plan import write_engine
 from rqc.compiler.recipe import Recipe
@@ -31,6 +38,7 @@ from rqc.compiler.targets.guards import check_graph
 from rqc.compiler.targets.settle import narrowed, settled
 from rqc.models.checkpoint import model_directory
 from rqc.models.quantized import forget
+from rqc.models.rotation import Rotation
 from rqc.runtime.build import build_plan, require_builder
 from rqc.runtime.container import EngineFile
 from rqc.runtime.engine_writer import EngineSummary, check_target
@@ -38,8 +46,8 @@ from rqc.runtime.errors import InputError
 from rqc.runtime.plans import with_plans
 from rqc.runtime.replace_file import folder_beside
 
-HERE = ("adapter", "rotation", "device")
-"""Options that are of this host: paths, of which engines know what was there by its hash, and its GPU."""
+HERE = ("adapter", "rotation", "calibration", "device", "max_memory")
+"""Options that are of this host: paths, of which engines know what was there by its hash, its GPU and its memory."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,9 @@ def compile_model(
     if output is not None:
         check_target(output)  # before the minutes that it may take to choose a frame
     instruments = Instruments(verify_each, dump_ir, progress or Silent())
+    text = hash_of(recipe.calibration, model_directory(model_dir))  # must be sound, whether it is looked at or not
     imported, recipe, merge = _opened(model_dir, recipe, instruments.progress)
+    read = text if reads_text(recipe) else None
     if verify_each and recipe.dtype == "bf16":
         raise InputError("--verify-each with --dtype bf16, which ONNX Runtime does not compute", hint="--dtype fp16")
     if recipe.builds and not dry_run:
@@ -114,8 +124,9 @@ def compile_model(
     measure = unmeasured if dry_run else ranges_on_text(recipe, imported, instruments.progress)
     instruments.run(model, passes_of(recipe, description, rotation, merge, measure, findings))
     parameters, companions = manifests.parameter_count(imported), manifests.companion_bytes(imported)
-    estimated = estimate(model, parameters, companions, builds=recipe.builds)
-    check_memory(estimated, recipe.max_memory)
+    calibrating = calibration_need(recipe, imported) if dry_run else 0
+    estimated = estimate(model, parameters, companions, builds=recipe.builds, calibrating=calibrating)
+    check_memory(estimated, recipe.max_memory, _way_to_less(recipe, rotation))
     if recipe.target != "onnx":
         check_graph(model, recipe.target, recipe.sm)
     summary = survival = None
@@ -123,7 +134,7 @@ def compile_model(
         if output is None:
             raise ValueError("a compile needs an output path unless it is a dry run")
         survival = None if merge is None else survival_of(model, merge, recipe, rotation, instruments.progress)
-        made = _Made(imported, model, recipe, choice, widths, findings, merge, survival)
+        made = _Made(imported, model, recipe, choice, widths, findings, merge, survival, read)
         summary = _write(Path(output), made, instruments.progress)
     return CompileReport(
         engine=None if dry_run else str(output),
@@ -141,7 +152,6 @@ def compile_model(
 
 def _opened(model_dir: str | Path, recipe: Recipe, progress: Progress) -> tuple[Imported, Recipe, Merge | None]:
     """The model and its adapters, and the recipe with all that follows from them alone; no weight is read."""
-    text_of(recipe.calibration, model_directory(model_dir))  # must be sound, whether it is looked at or not
     imported = import_model(model_dir)
     if recipe.rotation_file is not None:
         recipe.rotation_file.check_model(imported.checkpoint.fingerprint())
@@ -154,6 +164,17 @@ def _opened(model_dir: str | Path, recipe: Recipe, progress: Progress) -> tuple[
     recipe = with_widths(with_method(recipe, merge, progress), imported)
     tell_unread(recipe, progress)
     return imported, recipe, merge
+
+
+def _way_to_less(recipe: Recipe, rotation: Rotation) -> str:
+    """What would lower the peak memory of a compile."""
+    if recipe.builds:
+        return "--portable here, and `rqc build` where there is more"
+    if calibrates(recipe):
+        return "lower --calibration-length and --calibration-samples"
+    if "r1" in rotation.sites:
+        return "leave r1 out: folds that mix rows need a whole matrix in float64"
+    return "compile where there is more"
 
 
 def _peak(*, builds: bool) -> int:
@@ -174,6 +195,7 @@ class _Made:
     findings: Findings | None
     merge: Merge | None
     survival: dict[str, float] | None
+    text: str | None
 
 
 def _write(output: Path, made: _Made, progress: Progress) -> EngineSummary:
@@ -194,7 +216,13 @@ def _write_onnx(output: Path, made: _Made, progress: Progress) -> EngineSummary:
     manifest = manifests.manifest_of(made.imported, made.model, made.recipe, made.choice.rotation, adapter, beside)
     recipe = {name: value for name, value in made.recipe.to_json().items() if name not in HERE}
     calibration = None if made.findings is None else made.findings.to_json()
-    report = {"rotation": made.choice.said, "recipe": recipe, "adapter": adapter, "survival": made.survival}
+    report: dict[str, Any] = {
+        "rotation": made.choice.said,
+        "recipe": recipe,
+        "adapter": adapter,
+        "survival": made.survival,
+    }
+    report |= {"text": made.text} if made.text else {}
     report |= {"calibration": calibration} if calibration else {}
     report |= {"widths": made.widths} if made.widths else {}
     files = manifests.engine_files(made.imported, report, made.choice.rotation)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from rqc.compiler.adapters.survival import measuring_bytes
 from rqc.compiler.importer import Imported
 from rqc.compiler.recipe import Recipe
-from rqc.models.description import Claim
+from rqc.models.description import Architecture, Claim
 from rqc.models.quantized import LazyQuantized
 from rqc.models.weights import Weight
 from rqc.passes.base import QUANTIZED, STORAGE, WEIGHT
@@ -42,11 +42,14 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(model: ir.Model, parameters: int = 0, companions: int = 0, *, builds: bool = False) -> Estimate:
+def estimate(
+    model: ir.Model, parameters: int = 0, companions: int = 0, *, builds: bool = False, calibrating: int = 0
+) -> Estimate:
     """Size of the engine and peak of making it: what the process holds now (an adapter's factors too), and the largest
     weight with its working copies while it is written, or measured with and without its adapter.
 
-    builds: a plan is built as well, which holds the weights once more, by a process beside this one.
+    builds: a plan is built as well, which holds the weights once more, by a process beside this one. calibrating: bytes
+    of a calibration that is still to come.
     """
     sizes: dict[object, int] = {}
     working = 0
@@ -56,7 +59,8 @@ def estimate(model: ir.Model, parameters: int = 0, companions: int = 0, *, build
         key = tensor.meta.get(STORAGE)
         sizes[id(tensor) if key is None else key] = tensor.nbytes
         working = max(working, _working_bytes(tensor))
-    peak, weights = max(highest_bytes(), resident_bytes() + working + WRITER_BYTES), sum(sizes.values())
+    peak = max(highest_bytes(), resident_bytes() + max(working + WRITER_BYTES, calibrating))
+    weights = sum(sizes.values())
     if not builds:
         return Estimate(weights + companions, peak, parameters)
     builder = int(BUILDER_BYTES + BUILDER_FACTOR * weights)
@@ -91,30 +95,34 @@ def _working_bytes(tensor: ir.TensorProtocol) -> int:
     return weight.resident_bytes() + max(tensor.nbytes, measuring_bytes(weight))
 
 
-def block_bytes(imported: Imported, recipe: Recipe, tokens: int) -> int:
-    """What it takes to run the model block by block: the largest part's weights three times (made, stored, packed), and
-    activations."""
+def attention_bytes(architecture: Architecture, tokens: int, length: int) -> int:
+    """What a layer's attention takes while that many tokens, in windows of `length`, are in memory: scores, their sum
+    with the mask, its softmax."""
+    return 3 * 4 * architecture.heads * tokens * length
+
+
+def block_bytes(imported: Imported, recipe: Recipe, tokens: int, length: int) -> int:
+    """What it takes to run the model block by block on so many tokens in windows of `length`: the largest part's
+    weights three times (made, stored, packed), and activations."""
     a = imported.description.architecture
     widest = max((recipe.scheme.weight_bits, *recipe.widths.values()))
     per_layer = 1.25 * widest / 8 * sum(prod(imported.description.shape(c)) for c in _first_layer(imported))
     table = 1.25 * max(recipe.table_bits(tied=a.tied)) / 8 * a.vocab_size * a.hidden_size
     folding = 8 * 3 * max(prod(imported.description.shape(claim)) for claim in imported.description.claims)
     activations = 4 * tokens * (4 * a.hidden_size + 4 * a.intermediate_size) + 12 * 512 * a.vocab_size
-    return int(3 * max(per_layer, table) + folding + activations)
+    return int(3 * max(per_layer, table) + folding + activations + attention_bytes(a, tokens, length))
 
 
 def _first_layer(imported: Imported) -> list[Claim]:
     return [claim for claim in imported.description.claims if claim.layer == 0]
 
 
-def check_memory(estimated: Estimate, limit: int | None) -> None:
-    """Raise ResourceError, before a weight is read, when the estimate does not fit under `limit` bytes."""
+def check_memory(estimated: Estimate, limit: int | None, way: str) -> None:
+    """Raise ResourceError, before a weight is read, when the estimate does not fit under `limit` bytes. way: what takes
+    less."""
     if limit is not None and estimated.peak_rss_bytes > limit:
         builder = estimated.builder_bytes
         told = f", {builder / 2**30:.2f} of them to build the plan" if builder else ""
-        way = "leave r1 out: folds that mix rows need a whole matrix in float64"
-        if builder:
-            way = "--portable here, and `rqc build` where there is more"
         raise ResourceError(
             f"this compile needs about {estimated.peak_rss_bytes / 2**30:.2f} GiB{told}, "
             f"--max-memory is {limit / 2**30:.2f} GiB",

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rqc.models.adapter_basis import BASIS_FILE, AdapterBasis
 from rqc.models.adapter_config import CONFIG_FILE, AdapterConfig
-from rqc.models.adapter_read import read_deltas, read_residual, without_tables
+from rqc.models.adapter_read import read_deltas, read_repaired, without_tables
 from rqc.models.adapter_tensors import read_tensors
-from rqc.models.adapter_write import MARK, RESIDUAL_FILE, WEIGHTS_FILE, write_adapter
+from rqc.models.adapter_write import MARK, RESIDUAL_FILE, START_FILE, WEIGHTS_FILE, write_adapter
 from rqc.models.algebra import Read, dimensions
 from rqc.models.delta import Delta
 from rqc.models.description import Description
@@ -29,8 +29,8 @@ __all__ = ["Adapter", "AdapterBasis", "write_adapter"]
 class Adapter:
     """An opened adapter. `deltas`: its updates by the graph's weight names, in its basis (None: the model's own).
 
-    kind: lora, dora, qalora, qbara or qahira. residual: what LoftQ's base was quantized without. fingerprint: sha256
-    over the adapter's files.
+    kind: lora, dora, qalora, qbara or qahira. residual: what LoftQ's base was quantized without. start: what updates
+    were before training, where that made up for the rounding of W itself. fingerprint: sha256 over the adapter's files.
     """
 
     directory: Path
@@ -38,6 +38,7 @@ class Adapter:
     deltas: dict[str, Delta] = field(repr=False)
     basis: AdapterBasis | None
     residual: dict[str, Delta] = field(repr=False)
+    start: dict[str, Delta] = field(repr=False)
     fingerprint: str
 
     @classmethod
@@ -60,9 +61,16 @@ class Adapter:
             _check_mark(path, basis, metadata.get(MARK))
             tensors = without_tables(tensors, description, read)
             deltas, compact = read_deltas(tensors, config, description)
-            residual = {} if basis is None or not basis.residual else read_residual(path / RESIDUAL_FILE, description)
+            residual = read_repaired(path / RESIDUAL_FILE, description) if basis is not None and basis.residual else {}
+            start = read_repaired(path / START_FILE, description) if basis is not None and basis.start else {}
         kind = "dora" if config.dora else "qalora" if compact else "lora"
-        return cls(path, kind if basis is None else basis.adapter_type, deltas, basis, residual, _fingerprint(path))
+        kind = kind if basis is None else basis.adapter_type
+        return cls(path, kind, deltas, basis, residual, start, _fingerprint(path))
+
+    @property
+    def repaired(self) -> dict[str, Delta]:
+        """What updates of a rounded base say that float weights have already: residual and start."""
+        return self.start | self.residual
 
     def check(self, description: Description, base_fingerprint: str) -> None:
         """That the adapter was trained on this model, in a basis that this rqc builds as well; nothing to check without
@@ -122,7 +130,7 @@ def _check_mark(directory: Path, basis: AdapterBasis | None, mark: str | None) -
 
 def _fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE, BASIS_FILE, RESIDUAL_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE, BASIS_FILE, RESIDUAL_FILE, START_FILE):
         path = directory / name
         content = path.read_bytes() if path.is_file() else b""
         digest.update(f"{name} {len(content)}".encode() + content)  # a learned rotation is in the basis by its hash

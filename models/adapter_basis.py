@@ -35,7 +35,8 @@ class AdapterBasis:
     basis: the rotation's hash at the model's sizes, None without rotated sites. base: the fingerprint of the model
     directory (`Checkpoint.fingerprint`). grid: that of the quantized base, None for a float or NF4 base. activations:
     bits to which inputs were rounded in training, 16 for not at all. residual: the base was the quantized W − E, with E
-    in rqc_residual.safetensors (LoftQ, arXiv 2310.08659).
+    in rqc_residual.safetensors (LoftQ, arXiv 2310.08659). start: updates started from what the quantized W lacks, kept
+    in rqc_start.safetensors (EoRA, LoftQ's first iteration).
     """
 
     rotation: Rotation
@@ -47,6 +48,7 @@ class AdapterBasis:
     activations: int = 16
     adapter_type: str = "lora"
     residual: bool = False
+    start: bool = False
 
     def __post_init__(self) -> None:
         """Raises InputError for an unknown kind of base or adapter."""
@@ -75,6 +77,7 @@ class AdapterBasis:
             "activations": self.activations,
             "adapter_type": self.adapter_type,
             "residual": self.residual,
+            "start": self.start,
         }
 
     def to_bytes(self) -> bytes:
@@ -103,6 +106,7 @@ class AdapterBasis:
                 activations=int(value["activations"]),
                 adapter_type=str(_text(value["adapter_type"])),
                 residual=_flag(value["residual"]),
+                start=_flag(value.get("start", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{BASIS_FILE} is damaged: {error!r}", hint=_HINT) from error

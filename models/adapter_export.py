@@ -13,17 +13,17 @@ from rqc.models.rotation import Rotation
 
 def plain_deltas(
     deltas: Mapping[str, Delta],
-    residual: Mapping[str, Delta],
+    repaired: Mapping[str, Delta],
     description: Description,
     rotation: Rotation,
     read: Read,
 ) -> dict[str, Delta]:
     """Updates in the model's own basis, for its float weights; `read` gives these by name, as `to_plain` reads them.
 
-    residual: what LoftQ's base was quantized without; float weights still have it. Raises BasisMismatchError, with the
-    reason, for what `to_plain` refuses.
+    repaired: what float weights have already (`Adapter.repaired`). Raises BasisMismatchError, with the reason, for what
+    `to_plain` refuses.
     """
     return {
-        name: to_plain(name, without(delta, residual.get(name)), description, rotation, read)
+        name: to_plain(name, without(delta, repaired.get(name)), description, rotation, read)
         for name, delta in deltas.items()
     }

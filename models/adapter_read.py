@@ -104,18 +104,18 @@ def read_deltas(
     return deltas, max(groups.values()) > 1
 
 
-def read_residual(path: Path, description: Description) -> dict[str, Delta]:
-    """What a LoftQ base was quantized without: W − B A is on the grid. Raises as `read_deltas` does."""
+def read_repaired(path: Path, description: Description) -> dict[str, Delta]:
+    """What of an adapter's base rounding took, by its residual or start (`Adapter`). Raises as `read_deltas` does."""
     if not path.is_file():
-        raise InputError(f"{path} is missing: the base of this adapter was quantized without it", hint="copy it along")
+        raise InputError(f"{path} is missing: this adapter makes up for rounding by it", hint="copy it along")
     tensors, _ = read_tensors(path)
     index = graph_index(description)
-    residual = {}
+    found = {}
     for module, parts in _modules(tensors, index, description).items():
         a, b = _factors(module, parts, _shape(module, index, description))
         for name, rows in index[module]:
-            residual[name] = Delta(a, b if rows is None else b[rows])
-    return residual
+            found[name] = Delta(a, b if rows is None else b[rows])
+    return found
 
 
 def _modules(tensors: Mapping[str, Array], index: Mapping[str, object], description: Description) -> dict[str, _Parts]:

@@ -21,7 +21,8 @@ from rqc.models.adapter_tensors import tensor_bytes
 from rqc.models.delta import Array, Delta
 from rqc.runtime.errors import InputError, ResourceError
 
-WEIGHTS_FILE, RESIDUAL_FILE = "adapter_model.safetensors", "rqc_residual.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
+RESIDUAL_FILE, START_FILE = "rqc_residual.safetensors", "rqc_start.safetensors"
 MARK = "rqc_basis"
 """Key in the metadata of the weights: the hash of the basis, or "none"."""
 _PREFIX = "base_model.model."
@@ -34,6 +35,7 @@ def write_adapter(
     *,
     torch_names: Mapping[str, str] | None = None,
     residual: Mapping[str, Delta] | None = None,
+    start: Mapping[str, Delta] | None = None,
     rslora: bool = False,
     dropout: float = 0.0,
     base_model: str = "",
@@ -41,21 +43,23 @@ def write_adapter(
     """Write updates, by their linears' weight names, as a PEFT LoRA directory in float32. Equal input, equal bytes.
 
     torch_names: weight name to the path of the PyTorch module, where that differs; several parts of one packed module
-    stand there in the order of its rows. residual: what LoftQ's base was quantized without. rslora: state alpha for
-    α/√r. The files are written beside the directory and moved into it at the end; other files in it stay. Raises
-    InputError for updates that no such directory holds, ResourceError for a full disk.
+    stand there in the order of its rows. residual, start: those of `Adapter`. rslora: state alpha for α/√r. The files
+    are written beside the directory and moved into it at the end; other files in it stay. Raises InputError for updates
+    that no such directory holds, ResourceError for a full disk.
     """
     modules = _modules(deltas, torch_names or {})
-    if (basis is not None and basis.residual) != bool(residual):
-        raise InputError("a LoftQ adapter is written with its residual, another without", hint="pass both or neither")
+    if (bool(residual), bool(start)) != ((False, False) if basis is None else (basis.residual, basis.start)):
+        raise InputError("an adapter is written with the residual and start of its basis", hint="pass both or neither")
     metadata = {"format": "pt"} | ({} if basis is None else {MARK: basis.mark})
     files = {CONFIG_FILE: _config(modules, rslora=rslora, dropout=dropout, base_model=base_model)}
     if basis is not None:
         files[BASIS_FILE] = basis.to_bytes()
         if (rotation := basis.rotation_bytes()) is not None:
             files[ROTATION_FILE] = rotation
-    if residual:
-        files[RESIDUAL_FILE] = tensor_bytes(_tensors(_modules(residual, torch_names or {})), {"format": "pt"})
+    for name, repaired in ((RESIDUAL_FILE, residual), (START_FILE, start)):
+        if repaired:
+            plain = {weight: Delta(one.a, one.b * one.scale) for weight, one in repaired.items()}
+            files[name] = tensor_bytes(_tensors(_modules(plain, torch_names or {})), {"format": "pt"})
     files[WEIGHTS_FILE] = tensor_bytes(_tensors(modules), metadata)
     _replace(Path(directory), files)
 
@@ -167,7 +171,7 @@ def _replace(directory: Path, files: Mapping[str, bytes]) -> None:
             if not directory.exists():
                 os.replace(staging, directory)
             else:
-                for name in (WEIGHTS_FILE, BASIS_FILE, ROTATION_FILE, RESIDUAL_FILE, "adapter_model.bin"):
+                for name in (WEIGHTS_FILE, BASIS_FILE, ROTATION_FILE, RESIDUAL_FILE, START_FILE, "adapter_model.bin"):
                     (directory / name).unlink(missing_ok=True)
                 for name in files:
                     os.replace(staging / name, directory / name)

@@ -1,4 +1,9 @@
-"""Rounding in PyTorch whose gradient is that of the identity: tokens and weights on the grids of an engine."""
+"""Rounding in PyTorch with a gradient: tokens and weights on the grids of an engine.
+
+A code's own rounding counts as the identity (a straight-through estimator); all else is derived as it stands. So with
+x ≈ c s the gradient reaches x through its code and, with c − x / s, through the scale s, as in LSQ (Esser et al., arXiv
+1902.08153): by this term the largest value of a token or block learns what its extent costs all others.
+"""
 
 from __future__ import annotations
 
@@ -12,40 +17,35 @@ from rqc.models.token_grid import TINY, TokenGrid
 from rqc.runtime.errors import SchemeError
 
 
-class _Straight(torch.autograd.Function):
-    """`rounded` forward; backward the identity, where nothing was cut off."""
+class _Nearest(torch.autograd.Function):
+    """The nearest whole number, halves to even; backward the identity."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, rounded: Tensor, kept: Tensor | None) -> Tensor:
-        context.save_for_backward(kept)
-        return rounded.to(x.dtype)
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (kept,) = context.saved_tensors
-        return gradients[0] if kept is None else gradients[0] * kept, None, None
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
 
 
-def _straight(x: Tensor, rounded: Tensor, kept: Tensor | None) -> Tensor:
-    out: Tensor = _Straight.apply(x, rounded, kept)  # type: ignore[no-untyped-call]
-    return out
+def _nearest(x: Tensor) -> Tensor:
+    found: Tensor = _Nearest.apply(x)  # type: ignore[no-untyped-call]
+    return found
 
 
 def round_tokens(x: Tensor, grid: TokenGrid) -> Tensor:
-    """x [..., K] as `TokenGrid.round` has it, in the type of x. The gradient passes but where clipping cut x off."""
-    with torch.no_grad():
-        wide = x.float()
-        if grid.symmetric:
-            scale = _scales(wide.abs().amax(-1, keepdim=True), grid)
-            bottom = torch.full_like(scale, -grid.limit - 1)
-        else:
-            lowest = wide.amin(-1, keepdim=True).clamp_max(0)
-            scale = _scales(wide.amax(-1, keepdim=True).clamp_min(0) - lowest, grid)
-            bottom = torch.round(lowest / scale * grid.clip)
-        codes = torch.round(wide / scale)
-        cut = torch.clamp(codes, bottom, bottom + grid.steps)
-        kept = None if grid.clip == 1 else codes == cut
-    return _straight(x, cut * scale, kept)
+    """x [..., K] as `TokenGrid.round` has it, in the type of x."""
+    wide = x.float()
+    if grid.symmetric:
+        scale = _scales(wide.abs().amax(-1, keepdim=True), grid)
+        bottom = torch.full_like(scale, -grid.limit - 1)
+    else:
+        lowest = wide.amin(-1, keepdim=True).clamp_max(0)
+        scale = _scales(wide.amax(-1, keepdim=True).clamp_min(0) - lowest, grid)
+        bottom = _nearest(lowest / scale * grid.clip)
+    codes = torch.clamp(_nearest(wide / scale), bottom, bottom + grid.steps)
+    return (codes * scale).to(x.dtype)
 
 
 def _scales(extent: Tensor, grid: TokenGrid) -> Tensor:
@@ -53,7 +53,7 @@ def _scales(extent: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def round_weight(w: Tensor, grid: Grid) -> Tensor:
-    """w [N, K] rounded to nearest on a weight's grid with unclipped ranges, in the type of w; the gradient passes.
+    """w [N, K] rounded to nearest on a weight's grid with unclipped ranges, in the type of w.
 
     The codes are those of `rqc.models.grid.quantize`, but for ties. Raises SchemeError for a grid that clips.
     """
@@ -61,17 +61,15 @@ def round_weight(w: Tensor, grid: Grid) -> Tensor:
         raise SchemeError(f"a gradient through {grid}", hint="a grid without clipping and with scales of either sign")
     n, k = w.shape
     group = k if grid.group_size == -1 else grid.group_size
-    with torch.no_grad():
-        blocks = nn.functional.pad(w.float(), (0, -k % group)).reshape(n, -1, group)
-        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-        lowest, highest = (code - grid.center for code in grid.code_range)
-        if grid.symmetric:
-            scale, zero = torch.where(high.abs() > low.abs(), high, low) / lowest, torch.zeros_like(low)
-        else:
-            low, high = low.clamp_max(0), high.clamp_min(0)
-            scale = (high - low) / (highest - lowest)
-            zero = lowest + torch.round(torch.where(scale > 0, -low / scale, 0))
-        inverse = torch.where(scale.abs() < float(TINY), 0, 1 / scale)
-        codes = torch.clamp(torch.round(blocks * inverse + zero), lowest, highest)
-        rounded = ((codes - zero) * scale).reshape(n, -1)[:, :k]
-    return _straight(w, rounded, None)
+    blocks = nn.functional.pad(w.float(), (0, -k % group)).reshape(n, -1, group)
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    lowest, highest = (code - grid.center for code in grid.code_range)
+    if grid.symmetric:
+        scale, zero = torch.where(high.abs() > low.abs(), high, low) / lowest, torch.zeros_like(low)
+    else:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        scale = (high - low) / (highest - lowest)
+        zero = lowest + _nearest(-low / torch.where(scale > 0, scale, 1))
+    inverse = torch.where(scale.abs() < float(TINY), 0, 1 / torch.where(scale == 0, 1, scale))
+    codes = torch.clamp(_nearest(blocks * inverse + zero), lowest, highest)
+    return ((codes - zero) * scale).reshape(n, -1)[:, :k].to(w.dtype)

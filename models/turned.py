@@ -13,7 +13,8 @@ the objective. The frozen rotations that stay in the graph, R3 and R4, go along.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,7 @@ class Basis(nn.Module):
 
     def __init__(self, rotation: Rotation, description: Description, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.rounds = True
         a = description.architecture
         self.learned = nn.ParameterDict()
         if (r1 := rotation.r1(a.hidden_size)) is not None:
@@ -66,6 +68,15 @@ class Basis(nn.Module):
         if (r3 := rotation.r3(a.head_dim)) is not None:
             self.fixed["r3"] = TorchRotation(r3, dtype=dtype)
             self.fixed["r3 back"] = TorchRotation(r3, inverse=True, dtype=dtype)
+
+    @contextmanager
+    def in_floats(self) -> Iterator[None]:
+        """Within, models that round in this basis do not: they compute what they did before."""
+        self.rounds = False
+        try:
+            yield
+        finally:
+            self.rounds = True
 
     def turn(self, x: Tensor, space: str, layer: int, *, back: bool = False) -> Tensor:
         """x Q (x Qᵀ if `back`) on the last axis, for x in a space: residual, heads (any number of them), ffn, keys."""
@@ -107,6 +118,8 @@ def turn_linears(reference: Reference, basis: Basis, roundings: Roundings) -> No
 
 def _cached(basis: Basis, layer: int, k: Tensor, v: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """Keys and values rounded where a cache holds them: behind R3, and under R2."""
+    if not basis.rounds:
+        return k, v
     kept = (
         basis.turn(rounding(basis.turn(x, space, layer)), space, layer, back=True)
         for x, space in ((k, "keys"), (v, HEADS))
@@ -131,6 +144,8 @@ class _Reader:
         return self._once(x, claim, rounding, back=True)
 
     def _once(self, x: Tensor, claim: Claim, rounding: Rounding, *, back: bool) -> Tensor:
+        if not self.basis.rounds:
+            return x
         last = self._last
         if last is not None and last[0] is x and last[1] is rounding and last[2] == back:
             return last[3]
@@ -171,6 +186,8 @@ class TurnedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] for x [..., in]."""
         basis, claim = self._reader.basis, self._claim
+        if not basis.rounds:
+            return nn.functional.linear(x, self.weight, self.bias)
         weight = basis.turn(self.weight, claim.linear.reads, claim.layer)
         weight = round_weight(self._through(weight.mT, back=False).mT, self._grid)
         y = nn.functional.linear(self._reader.turned(x, claim, self._rounding), weight)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -18,7 +17,7 @@ from rqc.runtime.container import EngineFile, check_path
 from rqc.runtime.errors import EngineFormatError, ResourceError
 from rqc.runtime.manifest import FORMAT, FORMAT_VERSION, parse_manifest
 from rqc.runtime.onnx_walk import OFFSET_DIGITS, bind, external_tensors
-from rqc.runtime.replace_file import Replacement, explained
+from rqc.runtime.replace_file import Replacement, check_folder, explained
 from rqc.runtime.tensors import locate_tensors
 from rqc.runtime.zip_layout import GRAPH, MANIFEST, WEIGHTS, Entry
 
@@ -91,10 +90,7 @@ def check_target(path: str | os.PathLike[str]) -> str:
     """
     target = check_path(path)
     _refuse_foreign(target)
-    with explained(target):
-        os.stat(os.path.join(os.path.dirname(target), ""))
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(target)  # a name that is too long shows
+    check_folder(target)
     return target
 
 

@@ -35,6 +35,14 @@ def explained(path: str) -> Iterator[None]:
         raise InputError(f"{path} cannot be written ({error.strerror})", hint="choose a writable folder") from error
 
 
+def check_folder(path: str) -> None:
+    """Raise InputError where no file can lie at `path`, before anything has been computed for it."""
+    with explained(path):
+        os.stat(os.path.join(os.path.dirname(path), ""))
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # a name that is too long shows
+
+
 def _stem(path: str) -> str:
     """What the temporary names of a target begin with: its own name, or a hash of it where that is long."""
     name = os.fsencode(os.path.basename(path))

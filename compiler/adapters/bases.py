@@ -36,17 +36,17 @@ def leading(adapters: Sequence[Adapter]) -> Adapter | None:
 def check_together(adapters: Sequence[Adapter], *, switchable: bool) -> None:
     """Refuse adapters that no engine can hold at once, by the names of two that do not fit.
 
-    Raises InputError for one that is given twice, SchemeError for grids that differ and for LoftQ, BasisMismatchError
-    for bases that cannot be left.
+    Raises InputError for one that is given twice, SchemeError for grids that differ and for one that repairs the
+    rounding of its own, BasisMismatchError for bases that cannot be left.
     """
     for place, adapter in enumerate(adapters):
         for other in adapters[:place]:
             _check_pair(other, adapter, switchable)
-    repairs = [adapter for adapter in adapters if adapter.residual]
+    repairs = [adapter for adapter in adapters if adapter.repaired]
     if repairs and (switchable or len(adapters) > 1):
         raise SchemeError(
-            f"{repairs[0].directory} repairs the rounding of a base of its own (LoftQ), which is not the base of any "
-            "other adapter, nor of the model alone",
+            f"{repairs[0].directory} repairs the rounding of a base of its own (LoftQ, EoRA), which is not the base of "
+            "any other adapter, nor of the model alone",
             hint="give it alone and without a name",
         )
 

@@ -52,8 +52,8 @@ def _helps_first(part: AdapterPart, merge: Merge) -> bool:
 def obstacle(how: str, recipe: Recipe, merge: Merge) -> str | None:
     """Why adapters cannot be merged that way, or None."""
     if how == FOLD:
-        if any(part.adapter.residual for part in merge.parts):
-            return "the adapter repairs the rounding of its base (LoftQ), which is not there in the float weights"
+        if any(part.adapter.repaired for part in merge.parts):
+            return "the adapter repairs the rounding of its base (LoftQ, EoRA), which is not there in the float weights"
         return _out_of_order(merge)
     return (
         _switched(merge)

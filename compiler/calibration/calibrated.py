@@ -17,10 +17,10 @@ from rqc.compiler.calibration.compensation import budgeted_ranks
 from rqc.compiler.calibration.findings import Findings
 from rqc.compiler.calibration.solver import Solver
 from rqc.compiler.importer import Imported, import_model
-from rqc.compiler.instruments import Progress
+from rqc.compiler.instruments import Progress, Silent
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.sizes import resident_bytes
+from rqc.compiler.sizes import attention_bytes, resident_bytes
 from rqc.compiler.targets import onnx, tensorrt
 from rqc.compiler.targets.grids import token_grid
 from rqc.models.description import Description
@@ -93,7 +93,7 @@ def calibrated(
     if not calibrates(recipe):
         return None
     ids = _text(recipe, imported, progress) if ids is None else ids
-    _check_memory(recipe, imported)
+    _check_memory(recipe, imported, ids)
     found = _run(recipe, imported, rotation, merge, ids, None, progress)
     if recipe.compensate_budget is not None:
         ranks = budgeted_ranks(recipe, found.spectra, {name: codes().shape for name, codes in found.found.items()})
@@ -146,11 +146,16 @@ def _asked(recipe: Recipe) -> str:
     return f"--compensate {recipe.compensate}" if recipe.compensate != "none" else f"--sparsity {recipe.sparsity}"
 
 
-def _check_memory(recipe: Recipe, imported: Imported) -> None:
+def calibration_need(recipe: Recipe, imported: Imported) -> int:
+    """Bytes that `calibrated` will take: the text is read for it, no weight is. Raises InputError as it does."""
+    return calibration_bytes(imported, *_text(recipe, imported, Silent()).shape) if calibrates(recipe) else 0
+
+
+def _check_memory(recipe: Recipe, imported: Imported, ids: NDArray[np.int64]) -> None:
     """Raise ResourceError, before a weight is read, where calibration does not fit under --max-memory."""
     if recipe.max_memory is None:
         return
-    needed = resident_bytes() + calibration_bytes(imported, recipe)
+    needed = resident_bytes() + calibration_bytes(imported, *ids.shape)
     if needed > recipe.max_memory:
         raise ResourceError(
             f"calibration takes about {needed / 2**30:.2f} GiB, --max-memory is {recipe.max_memory / 2**30:.2f} GiB",
@@ -158,15 +163,16 @@ def _check_memory(recipe: Recipe, imported: Imported) -> None:
         )
 
 
-def calibration_bytes(imported: Imported, recipe: Recipe) -> int:
-    """A float block three times (made, stored, packed) with its activations, the text in front of it and behind it, the
-    moments of what it reads, and the factors of the widest."""
+def calibration_bytes(imported: Imported, count: int, length: int) -> int:
+    """Of calibrating on `count` windows of `length`: a float block three times (made, stored, packed) with its
+    activations, the text in front of it and behind it, the moments of what it reads, and the factors of the widest."""
     a, description = imported.description.architecture, imported.description
     layer = [claim for claim in description.claims if claim.layer == 0 and claim.quantized]
     widths = {claim.linear.reads: description.shape(claim)[1] for claim in layer}
     block = 3 * 4 * sum(prod(description.shape(claim)) for claim in layer)
-    step = ROWS_AT_ONCE * recipe.calibration_length * 4 * (6 * a.hidden_size + 6 * a.intermediate_size)
-    text = 2 * 4 * recipe.calibration_samples * recipe.calibration_length * a.hidden_size
+    tokens = min(count, ROWS_AT_ONCE) * length
+    step = tokens * 4 * (6 * a.hidden_size + 6 * a.intermediate_size) + attention_bytes(a, tokens, length)
+    text = 2 * 4 * count * length * a.hidden_size
     moments = 8 * sum(width**2 for width in widths.values())
     return block + step + text + moments + FACTOR_BYTES * max(widths.values()) ** 2
 

@@ -25,11 +25,8 @@ def required_ids(recipe: Recipe, imported: Imported, tokens: int, what: str, ins
     return ids
 
 
-def calibration_ids(recipe: Recipe, imported: Imported, tokens: int, *, behind: int = 0) -> NDArray[np.int64] | None:
-    """At most `tokens` token ids of the calibration text as windows [count, length]; None without a tokenizer.
-
-    behind: leave out so many windows at the start, if the text is that long.
-    """
+def calibration_ids(recipe: Recipe, imported: Imported, tokens: int) -> NDArray[np.int64] | None:
+    """At most `tokens` token ids of the calibration text as windows [count, length]; None without a tokenizer."""
     directory, architecture = imported.checkpoint.directory, imported.description.architecture
     tokenizer = read_tokenizer(directory)
     if tokenizer is None:
@@ -37,11 +34,17 @@ def calibration_ids(recipe: Recipe, imported: Imported, tokens: int, *, behind: 
     length = min(recipe.calibration_length, architecture.context_length, tokens)
     count = max(1, min(recipe.calibration_samples, tokens // length))
     pieces = pieces_of(recipe.calibration, directory)
-    ids = encoded(tokenizer, pieces, directory, architecture.vocab_size, enough=(behind + count) * length)
-    if len(ids) > (behind + 1) * length:
-        ids = ids[behind * length :]
-    cut = windows(ids, length, count)
-    return np.asarray(cut, np.int64)
+    ids = encoded(tokenizer, pieces, directory, architecture.vocab_size, enough=count * length)
+    return np.asarray(windows(ids, length, count), np.int64)
+
+
+def divided(ids: NDArray[np.int64], tokens: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of windows [count, length], those to fit to and behind them those of about `tokens` to score on, half of all at
+    most; of a single window, its halves."""
+    if len(ids) == 1 and ids.size > 1:
+        ids = ids[:, : ids.size // 2 * 2].reshape(2, -1)
+    scored = max(1, min(len(ids) // 2, tokens // ids.shape[1]))
+    return ids[:-scored], ids[-scored:, :tokens]
 
 
 def tell_shortened(recipe: Recipe, imported: Imported, ids: NDArray[np.int64], asked: int, progress: Progress) -> None:

@@ -17,7 +17,7 @@ from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
 from rqc.compiler.passlist import frame
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.sizes import resident_bytes
+from rqc.compiler.sizes import attention_bytes, resident_bytes
 from rqc.compiler.targets.grids import token_grid
 from rqc.models.description import Description
 from rqc.models.rotation import Rotation
@@ -54,7 +54,7 @@ def searched_clips(
         return recipe
     recipe = replace(recipe, clips={})
     ids = _text(recipe, imported)
-    _check_memory(recipe, imported)
+    _check_memory(recipe, imported, *ids.shape)
     fresh = import_model(imported.checkpoint.directory)
     for step in frame(recipe, fresh.description, rotation, merge):
         step(fresh.model)
@@ -75,11 +75,11 @@ def _text(recipe: Recipe, imported: Imported) -> NDArray[np.int64]:
     return required_ids(recipe, imported, TOKENS, what, "give a ratio such as --activation-clip 0.9")
 
 
-def _check_memory(recipe: Recipe, imported: Imported) -> None:
+def _check_memory(recipe: Recipe, imported: Imported, count: int, length: int) -> None:
     """Raise ResourceError, before a weight is read, where the search does not fit under --max-memory."""
     if recipe.max_memory is None:
         return
-    needed = resident_bytes() + search_bytes(imported)
+    needed = resident_bytes() + search_bytes(imported, count, length)
     if needed > recipe.max_memory:
         raise ResourceError(
             f"searching clip ratios takes about {needed / 2**30:.2f} GiB, "
@@ -88,14 +88,15 @@ def _check_memory(recipe: Recipe, imported: Imported) -> None:
         )
 
 
-def search_bytes(imported: Imported) -> int:
+def search_bytes(imported: Imported, count: int, length: int) -> int:
     """The table or a block in floats three times (made, stored, packed), its activations, and one input at all times of
     the search: as it is, rounded, off, and what the weights make of that."""
     a, description = imported.description.architecture, imported.description
     shapes = [description.shape(claim) for claim in description.claims if claim.layer == 0 and claim.quantized]
     weights = max(sum(prod(shape) for shape in shapes), a.vocab_size * a.hidden_size)
-    activations = TOKENS * (6 * a.hidden_size + 10 * a.intermediate_size)
-    return 4 * (3 * weights + activations + max(k for _, k in shapes) ** 2)
+    tokens = count * length
+    activations = tokens * (6 * a.hidden_size + 10 * a.intermediate_size)
+    return 4 * (3 * weights + activations + max(k for _, k in shapes) ** 2) + attention_bytes(a, tokens, length)
 
 
 def sites_of(model: ir.Model, description: Description) -> dict[str, list[str]]:

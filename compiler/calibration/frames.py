@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.calibration.blocks import perplexity
 from rqc.compiler.calibration.calibrated import calibrated, calibrates
-from rqc.compiler.calibration.calibration_text import calibration_ids
+from rqc.compiler.calibration.calibration_text import calibration_ids, divided
 from rqc.compiler.calibration.clips import searched_clips
 from rqc.compiler.calibration.ranges import ranges_on_text
 from rqc.compiler.importer import Imported, import_model
@@ -59,8 +59,7 @@ def choose(
         progress.line(f"{open_}: {rotations[0]}, nothing is quantized")
         return _choice(recipe, rotations[0], "rtn", None)
     methods = ("rtn", "gptq") if recipe.method == "auto" else (recipe.method,)
-    fitted = SAMPLES if "gptq" in methods or calibrates(recipe) else 0
-    ids = calibration_ids(recipe, imported, TOKENS, behind=fitted) if measure else None
+    fitted, ids = _texts(recipe, imported, fits="gptq" in methods or calibrates(recipe)) if measure else (None, None)
     obstacle = _obstacle(recipe, imported, measure, ids)
     if ids is None or obstacle:
         coarse = recipe.scheme.activation_bits <= COARSE_ACTIVATIONS
@@ -68,7 +67,7 @@ def choose(
         progress.line(f"{open_}: {chosen}, {methods[0]}, by the scheme alone, because {obstacle}")
         return _choice(recipe, chosen, methods[0], None)
     scores = {
-        (rotation, method): _score(replace(recipe, method=method), imported, rotation, ids, merge)
+        (rotation, method): _score(replace(recipe, method=method), imported, rotation, fitted, ids, merge)
         for rotation in rotations
         for method in methods
     }
@@ -117,14 +116,30 @@ def _candidate(recipe: Recipe, imported: Imported) -> Rotation:
     return Rotation.parse(sites, recipe.hadamard, recipe.rotation_seed)
 
 
+def _texts(
+    recipe: Recipe, imported: Imported, *, fits: bool
+) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
+    """Windows of the calibration text that codes are fitted to (None where nothing is), and those to score on."""
+    if not fits:
+        return None, calibration_ids(recipe, imported, TOKENS)
+    length = min(recipe.calibration_length, imported.description.architecture.context_length)
+    samples = min(recipe.calibration_samples, SAMPLES) + max(1, TOKENS // length)
+    ids = calibration_ids(replace(recipe, calibration_samples=samples), imported, samples * length)
+    return (None, None) if ids is None else divided(ids, TOKENS)
+
+
 def _score(
-    recipe: Recipe, imported: Imported, rotation: Rotation, ids: NDArray[np.int64], merge: Merge | None
+    recipe: Recipe,
+    imported: Imported,
+    rotation: Rotation,
+    fitted: NDArray[np.int64] | None,
+    ids: NDArray[np.int64],
+    merge: Merge | None,
 ) -> float:
     """Perplexity of the quantized graph in this frame, four significant digits. The graph is built anew: weights are
     lazy."""
     recipe = searched_clips(recipe, imported, rotation, merge, Silent())
-    few = replace(recipe, calibration_samples=min(recipe.calibration_samples, SAMPLES))
-    findings = calibrated(few, imported, rotation, merge, Silent())
+    findings = calibrated(recipe, imported, rotation, merge, Silent(), fitted)
     fresh = import_model(imported.checkpoint.directory)
     steps = [*frame(recipe, fresh.description, rotation, merge), *grids(recipe, fresh.description, findings)]
     steps += [] if merge is None or merge.names else merge.after_grid(rotation)
@@ -143,10 +158,10 @@ def _obstacle(recipe: Recipe, imported: Imported, measure: bool, ids: NDArray[np
     if ids is None:
         return "the model has no tokenizer.json"
     if ids.shape[1] < 2:
-        return "the text has a single token, and a token is predicted from another"
+        return "the text is too short: a token is predicted from another"
     if recipe.max_memory is None:
         return ""
-    needed = resident_bytes() + block_bytes(imported, recipe, TOKENS)
+    needed = resident_bytes() + block_bytes(imported, recipe, ids.size, ids.shape[1])
     if needed <= recipe.max_memory:
         return ""
     return f"measuring takes about {needed / 2**30:.1f} GiB and --max-memory is {recipe.max_memory / 2**30:.1f} GiB"

@@ -25,7 +25,7 @@ from rqc.compiler.instruments import Progress
 from rqc.compiler.layer_rules import widths_by_rule
 from rqc.compiler.passlist import frame
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.sizes import resident_bytes
+from rqc.compiler.sizes import attention_bytes, resident_bytes
 from rqc.compiler.targets.layer_bits import budget_widths, check_budget_range, check_layer_bits
 from rqc.models.description import Description
 from rqc.models.grid import Grid
@@ -164,7 +164,7 @@ def _said(recipe: Recipe, description: Description) -> dict[str, Any]:
 def _text(recipe: Recipe, imported: Imported) -> NDArray[np.int64]:
     what = "--bits-budget is filled by what calibration text says"
     ids = required_ids(recipe, imported, TOKENS, what, "name the widths in [[layers]]")
-    needed = resident_bytes() + measuring_bytes(imported.description, ids.size)
+    needed = resident_bytes() + measuring_bytes(imported.description, *ids.shape)
     if recipe.max_memory is not None and needed > recipe.max_memory:
         raise ResourceError(
             f"measuring how sensitive layers are takes about {needed / 2**30:.2f} GiB, "
@@ -174,11 +174,11 @@ def _text(recipe: Recipe, imported: Imported) -> NDArray[np.int64]:
     return ids
 
 
-def measuring_bytes(description: Description, tokens: int) -> int:
+def measuring_bytes(description: Description, count: int, length: int) -> int:
     """A float block twice (its weights, and transposed by the session), the largest of them four times while it is
     folded and rounded, and the activations of a block."""
     a = description.architecture
     sizes = [prod(description.shape(claim)) for claim in description.claims if claim.layer == 0]
+    tokens = count * length
     activations = 4 * tokens * (10 * a.hidden_size + 4 * a.intermediate_size)
-    scores = 4 * a.heads * tokens * 512
-    return 8 * sum(sizes) + 32 * max(sizes) + activations + scores
+    return 8 * sum(sizes) + 32 * max(sizes) + activations + attention_bytes(a, tokens, length)

@@ -34,7 +34,7 @@ def ranges_on_text(recipe: Recipe, imported: Imported, progress: Progress) -> Me
         what, (instead, _) = _static(recipe)
         tokens = asked * recipe.calibration_length
         ids = required_ids(recipe, imported, tokens, f"{what}, which calibration text gives", f"take {instead}")
-        _check_memory(recipe, imported)
+        _check_memory(recipe, imported, *ids.shape)
         tell_shortened(recipe, imported, ids, asked, progress)
         return measured(model, names, ids, kind, lambda done, total: progress.advance("ranges", done, total))
 
@@ -58,10 +58,10 @@ def _static(recipe: Recipe) -> tuple[str, tuple[str, str]]:
     )
 
 
-def _check_memory(recipe: Recipe, imported: Imported) -> None:
+def _check_memory(recipe: Recipe, imported: Imported, count: int, length: int) -> None:
     """Raise ResourceError, before a weight is read, where measuring does not fit under --max-memory."""
-    text = 2 * 4 * _windows(recipe) * recipe.calibration_length * imported.description.architecture.hidden_size
-    needed = resident_bytes() + block_bytes(imported, recipe, ROWS_AT_ONCE * recipe.calibration_length) + text
+    text = 2 * 4 * count * length * imported.description.architecture.hidden_size
+    needed = resident_bytes() + block_bytes(imported, recipe, min(count, ROWS_AT_ONCE) * length, length) + text
     if recipe.max_memory is not None and needed > recipe.max_memory:
         raise ResourceError(
             f"measuring the ranges of activations takes about {needed / 2**30:.2f} GiB, "

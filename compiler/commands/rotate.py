@@ -45,6 +45,10 @@ def rotate(
     ] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs at the start.  [default: 0]")] = None,
     hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="kl, from what the model says in floats; ce, of the next token.  [default: kl]"),
+    ] = None,
     calibration: TextFile = None,
     steps: Annotated[int | None, typer.Option(help="[default: 100]")] = None,
     lr: Annotated[

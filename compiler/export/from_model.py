@@ -24,7 +24,7 @@ from rqc.compiler.export.checkpoint import ExportReport, GptqCheckpoint
 from rqc.compiler.export.layout import ScaleRounding, Tensor, half, linear_tensors, misfit
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, Progress
-from rqc.compiler.model_text import text_of
+from rqc.compiler.model_text import hash_of
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.tokenizer_files import TOKENIZER_FILES
@@ -56,7 +56,7 @@ def export_model(model_dir: Path, target: Path, options: Mapping[str, Any], prog
     asked = Recipe.from_values({**DEFAULTS, **options, **FIXED})
     if asked.switchable:
         raise InputError("adapters with names, which a checkpoint cannot switch", hint="--adapter DIR without a name")
-    text_of(asked.calibration, model_directory(model_dir))  # must be sound, whether it is looked at or not
+    hash_of(asked.calibration, model_directory(model_dir))  # must be sound, whether it is looked at or not
     imported = import_model(model_dir)
     recipe, merge = open_adapter(asked, imported, progress)
     recipe = with_method(_checked(recipe, imported), merge, progress)

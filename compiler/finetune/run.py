@@ -134,7 +134,7 @@ def _train(
     _tell(stage, settings, progress)
     if settings.export_plain is not None:  # refused now rather than after hours
         read = material.checkpoint.read
-        plain_deltas(stage.deltas(), stage.residuals, stage.reference.description, settings.rotation, read)
+        plain_deltas(stage.deltas(), stage.repaired, stage.reference.description, settings.rotation, read)
     with run.opened(identity, resume=resume) if first else contextlib.nullcontext():
         trainer = AdapterTrainer(stage, run, settings, (material.train, material.held_out), material.pad_id, progress)
         state = _run(trainer, run.latest() if resume else None, progress)
@@ -185,11 +185,12 @@ def _write(run: Run, stage: Stage, material: Material, settings: Settings, train
         activations=settings.activations,
         adapter_type=settings.adapter_type,
         residual=bool(stage.residuals),
+        start=bool(stage.starts),
     )
     options = _written_as(description, material, settings)
-    write_adapter(run.output, stage.deltas(), basis, residual=stage.residuals, **options)
+    write_adapter(run.output, stage.deltas(), basis, residual=stage.residuals, start=stage.starts, **options)
     if settings.export_plain is not None:
-        plain = plain_deltas(stage.deltas(), stage.residuals, description, rotation, material.checkpoint.read)
+        plain = plain_deltas(stage.deltas(), stage.repaired, description, rotation, material.checkpoint.read)
         write_adapter(settings.export_plain, plain, None, **options)
         run.describe(settings.export_plain, training)
     run.finish(training)
@@ -205,7 +206,7 @@ def _finished(run: Run, material: Material, settings: Settings, progress: Progre
     if first:
         description = Reference.load(material.model).description
         adapter = Adapter.open(run.output, description, material.checkpoint.read)
-        plain = plain_deltas(adapter.deltas, adapter.residual, description, settings.rotation, material.checkpoint.read)
+        plain = plain_deltas(adapter.deltas, adapter.repaired, description, settings.rotation, material.checkpoint.read)
         write_adapter(settings.export_plain, plain, None, **_written_as(description, material, settings))
         run.describe(settings.export_plain, training)
         progress.line(f"{run.output} is finished: exported to {settings.export_plain}")

@@ -28,7 +28,6 @@ from rqc.models.delta import Delta, without
 from rqc.models.experts import peft_sees_linears
 from rqc.models.fake_quant import round_inputs_ste, training_grids
 from rqc.models.grid_linear import GridLinear
-from rqc.models.loftq import LoftQ
 from rqc.models.pooled import attach, delta_of, set_factors
 from rqc.models.reference import Reference
 
@@ -42,7 +41,8 @@ class Stage:
     """A model that is ready to be trained.
 
     model: peft's, with gradients for the adapters alone. removed: what a start such as PiSSA took out of the base, by
-    module path. residuals: what LoftQ takes off a weight before it is rounded, by weight name. base_bytes: the blocks'
+    module path. residuals: what LoftQ takes off a weight before it is rounded, by weight name. starts: what
+    adapters make up for from the start where the weight itself was rounded, by weight name. base_bytes: the blocks'
     linears as they are held; float_bytes: what they would take as floats of the training's type.
     """
 
@@ -51,6 +51,7 @@ class Stage:
     targets: Sequence[Target]
     removed: Mapping[str, Delta]
     residuals: Mapping[str, Delta]
+    starts: Mapping[str, Delta]
     base_bytes: int
     float_bytes: int
 
@@ -58,6 +59,11 @@ class Stage:
     def trainable_parameters(self) -> int:
         """Numbers that are trained."""
         return sum(each.numel() for each in self.model.parameters() if each.requires_grad)
+
+    @property
+    def repaired(self) -> dict[str, Delta]:
+        """What adapters say that float weights have already (`Adapter.repaired`)."""
+        return {**self.starts, **self.residuals}
 
     def deltas(self) -> dict[str, Delta]:
         """What the adapters add to each weight of the untouched base, by the graph's weight names."""
@@ -87,7 +93,8 @@ def build_stage(model_dir: str | Path, settings: Settings, progress: Progress) -
     set_seed(settings.seed)
     model = _with_adapters(reference, targets, settings)
     removed = _removed(reference, targets) if settings.init in CHANGES_BASE else {}
-    for path, delta in {**eora, **{path: start.delta for path, start in starts.items()}}.items():
+    repairs = {**eora, **{path: start.delta for path, start in starts.items()}}
+    for path, delta in repairs.items():
         set_factors(reference.model.get_submodule(path), delta)
     _narrow(linears, FLOATS[settings.dtype])
     reference.rotate_online(settings.rotation, tied=tied, dtype=torch.float32)
@@ -96,9 +103,11 @@ def build_stage(model_dir: str | Path, settings: Settings, progress: Progress) -
         # A kernel rounds to 8 bits out of sight, so that a branch beside it reads x as it is.
         branched = settings.grid is not None and settings.adapter_type not in MERGED_POOLS
         round_inputs_ste(reference, grids, linear_alone=settings.activations == 8 and branched)
-    residuals = _residuals(targets, starts)
+    taken = {path: start.residual for path, start in starts.items() if start.residual is not None}
+    made_up = {path: delta for path, delta in repairs.items() if path not in taken}
+    residuals, kept = _cut_all(targets, taken), _cut_all(targets, made_up)
     held, as_floats = _bytes(linears, FLOATS[settings.dtype])
-    return Stage(reference, model, targets, removed, residuals, held, as_floats)
+    return Stage(reference, model, targets, removed, residuals, kept, held, as_floats)
 
 
 def _with_adapters(reference: Reference, targets: Sequence[Target], settings: Settings) -> Any:
@@ -135,13 +144,12 @@ def _removed(reference: Reference, targets: Sequence[Target]) -> dict[str, Delta
     return found
 
 
-def _residuals(targets: Sequence[Target], starts: Mapping[str, LoftQ]) -> dict[str, Delta]:
-    """What LoftQ's codes are the nearest ones without, by weight name."""
+def _cut_all(targets: Sequence[Target], deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+    """Updates of some modules, by path, as those of the weights that they hold, by name."""
     found: dict[str, Delta] = {}
     for target in targets:
-        start = starts.get(target.path)
-        if start is not None and start.residual is not None:
-            found |= _cut(target, start.residual)
+        if target.path in deltas:
+            found |= _cut(target, deltas[target.path])
     return found
 
 

@@ -1,7 +1,9 @@
-"""`rqc.rotate`: learn R1 and R2 of a model for what its engine rounds, against its next-token loss.
+"""`rqc.rotate`: learn R1 and R2 of a model for what its engine rounds, against the loss of the rounded model.
 
-SpinQuant's objective (arXiv 2405.16406) by Cayley steps: weights frozen, R1 one matrix and R2 one a layer, started from
-Hadamards; R3 and R4, which stay in the graph, stay as they are.
+SpinQuant's way (arXiv 2405.16406) by Cayley steps: weights frozen, R1 one matrix and R2 one a layer, started from
+Hadamards; R3 and R4, which stay in the graph, stay as they are. Its loss is the cross-entropy of the text (`ce`). The
+divergence from the model in floats (`kl`; OSTQuant, arXiv 2501.13987, has it over the likeliest tokens) says the same
+with less noise: a whole distribution for each token, not one draw.
 """
 
 from __future__ import annotations
@@ -50,14 +52,15 @@ HELD_OUT = 4
 
 @dataclass(frozen=True)
 class RotateReport:
-    """A rotation that was learned. losses: before each step, on what it was taken on; held_out: mean loss on other
-    text, before the first step and after the last. basis: the hash of the rotation."""
+    """A rotation that was learned. loss: kl or ce; losses: before each step, on what it was taken on; held_out: mean
+    loss on other text, before the first step and after the last. basis: the hash of the rotation."""
 
     rotation: str
     sites: str
     basis: str
     steps: int
     seconds: float
+    loss: str
     losses: list[float]
     held_out: tuple[float, float]
 
@@ -69,6 +72,7 @@ class RotateReport:
             "basis": self.basis,
             "steps": self.steps,
             "seconds": round(self.seconds, 3),
+            "loss": self.loss,
             "losses": self.losses,
             "held_out": list(self.held_out),
         }
@@ -76,10 +80,10 @@ class RotateReport:
     def to_text(self) -> str:
         """The report for people."""
         before, after = self.held_out
+        told = f" (perplexity {math.exp(before):.2f}, {math.exp(after):.2f})" if self.loss == "ce" else ""
         return (
             f"{self.rotation}: {self.sites} after {self.steps} steps, basis {self.basis[:12]}\n"
-            f"loss on text that was held out: {before:.4f} before, {after:.4f} after "
-            f"(perplexity {math.exp(before):.2f}, {math.exp(after):.2f})"
+            f"{self.loss} on text that was held out: {before:.4f} before, {after:.4f} after{told}"
         )
 
 
@@ -130,7 +134,8 @@ def _report(output: Path, file: RotationFile, description: Description, seconds:
     training = file.training or {}
     losses, (before, after) = training["losses"], training["held_out"]
     basis = file.rotation.basis(dimensions(description))
-    return RotateReport(str(output), str(file.rotation), basis, len(losses), seconds, losses, (before, after))
+    loss = training["run"]["settings"]["loss"]
+    return RotateReport(str(output), str(file.rotation), basis, len(losses), seconds, loss, losses, (before, after))
 
 
 class _Run:
@@ -205,10 +210,19 @@ class _Run:
         return self.text[[order[place // count][place % count] for place in places]]
 
     def _loss(self, ids: NDArray[np.int64]) -> Tensor:
-        """Mean next-token loss of windows [count, length]."""
+        """Mean loss over the tokens of windows [count, length] that another follows."""
         batch = torch.from_numpy(ids).to(self.device)
+        if self.settings.loss == "ce":
+            return nn.functional.cross_entropy(self._logits(batch), batch[:, 1:].flatten())
+        with torch.no_grad(), self.basis.in_floats():
+            wanted = self._logits(batch).log_softmax(-1)
+        found = self._logits(batch).log_softmax(-1)
+        return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+    def _logits(self, batch: Tensor) -> Tensor:
+        """float32 [tokens, vocab], without those of the last token of each window."""
         logits: Tensor = self.model(input_ids=batch, use_cache=False).logits
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        return logits[:, :-1].flatten(0, 1).float()
 
     @torch.no_grad()
     def _loss_held_out(self) -> float:

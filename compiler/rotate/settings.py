@@ -16,6 +16,7 @@ from rqc.models.rotation import KINDS, Rotation
 from rqc.runtime.errors import InputError, RotationError, SchemeError
 
 WEIGHTS = ("float", "rtn")
+LOSSES = ("kl", "ce")
 CACHES = ("float", "int4")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("fp32", "bf16")
@@ -28,9 +29,10 @@ class RotateSettings:
 
     scheme, group_size, activation_symmetric, activation_clip, kv_cache: what the engine will round. weights: "float",
     or "rtn": rounded to nearest too, symmetric or not, with unclipped ranges. rotate, rotation_seed, hadamard: the
-    rotation that is started from, whose R1 and R2 are learned; what else it has stays. calibration: text or records
-    (`model_text`), None for the text that ships. lr: how far a step turns at first (‖α Y‖₁ of `CayleySGD`), up to
-    1; it follows a cosine. seed: of the order of the text.
+    rotation that is started from, whose R1 and R2 are learned; what else it has stays. loss: "kl", how far the next
+    token's distribution is from that of the model in floats, or "ce", the cross-entropy of the text. calibration:
+    text or records (`model_text`), None for the text that ships. lr: how far a step turns at first (‖α Y‖₁ of
+    `CayleySGD`), up to 1; it follows a cosine. seed: of the order of the text.
     """
 
     scheme: Scheme = SCHEMES["w4a4"]
@@ -43,6 +45,7 @@ class RotateSettings:
     rotate: frozenset[str] = frozenset(("r1", "r2", "r4"))
     rotation_seed: int = 0
     hadamard: str = "full"
+    loss: str = "kl"
     calibration: Path | None = None
     steps: int = 100
     lr: float = 0.06
@@ -59,6 +62,7 @@ class RotateSettings:
         one_of("group_size", self.group_size, GROUP_SIZES, SchemeError)
         one_of("kv_cache", self.kv_cache, CACHES, SchemeError)
         one_of("weights", self.weights, WEIGHTS, SchemeError)
+        one_of("loss", self.loss, LOSSES, InputError)
         one_of("hadamard", self.hadamard, KINDS, RotationError)
         one_of("device", self.device, DEVICES, InputError)
         one_of("dtype", self.dtype, DTYPES, InputError)

@@ -16,7 +16,7 @@ from torch import Tensor
 from rqc.models.rotation_file import KEY, RotationFile
 from rqc.runtime.container import check_path
 from rqc.runtime.errors import InputError, RqcError
-from rqc.runtime.replace_file import Replacement
+from rqc.runtime.replace_file import Replacement, check_folder
 
 Identity = Mapping[str, Any]
 SUFFIX = ".training"
@@ -54,7 +54,9 @@ class Place:
         check_path(self.output)
 
     def check(self, *, resume: bool) -> None:
-        """Raise InputError where something else would be lost: another file, or an unfinished run."""
+        """Raise InputError where nothing can be written, or something would be lost: another file, a run that was not
+        finished."""
+        check_folder(check_path(self.state))
         if self.output.exists():
             RotationFile.read(self.output)
         if self.state.exists() and not resume:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,15 +14,20 @@ from tiny import TinyModel, give_voice
 from tiny_adapters import save_peft
 
 from rqc.compiler.api import compile_engine
+from rqc.compiler.calibration import calibrated as calibrating
+from rqc.compiler.calibration import frames
 from rqc.compiler.calibration.blockwise import Site, calibrate
-from rqc.compiler.calibration.calibrated import calibration_bytes
+from rqc.compiler.calibration.calibrated import calibrated, calibration_bytes
+from rqc.compiler.calibration.calibration_text import calibration_ids, divided
 from rqc.compiler.calibration.findings import CodeStore
 from rqc.compiler.importer import import_model
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.text import calibration_text, read_tokenizer
 from rqc.compiler.verify.engine import verify_engine
-from rqc.models.fake_quant import ActivationGrid, quantize_inputs, recording
+from rqc.models.fake_quant import ActivationGrid, GraphGrid, quantize_inputs, recording
 from rqc.models.grid import Grid, fake_quantize_activations, quantize
 from rqc.models.reference import Reference
+from rqc.models.sparsity import two_of_four
 from rqc.models.token_grid import TokenGrid
 from rqc.passes.activations import QuantizeActivations
 from rqc.passes.quantize import QuantizeLinears
@@ -106,6 +111,61 @@ def test_rounded_activations_reach_the_next_block(tiny_model: TinyModel) -> None
     np.testing.assert_allclose(site.moments.second, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
 
 
+class Watched(calibrating.Solver):
+    """A compile's solver that keeps its sites, and the weights that it makes."""
+
+    sites: ClassVar[list[Site]] = []
+    made: ClassVar[dict[str, Any]] = {}
+
+    def __call__(self, site: Site) -> None:
+        super().__call__(site)
+        self.sites.append(site)
+        self.made |= {name: self.findings.found[name]().dequantize() for name in site.weights}
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
+    Watched.sites, Watched.made = [], {}
+    monkeypatch.setattr(calibrating, "Solver", Watched)
+    return Watched
+
+
+def test_a_compile_fits_codes_to_what_its_engine_reads(
+    watched: type[Watched], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Rounded inputs, behind a block whose weights and inputs were rounded; clipped low, for rounding is little."""
+    directory, grid = give_voice(tiny_model("llama16")), TokenGrid(4, True, 0.6)
+    options = {**QUICK, "scheme": "w4a4", "activation_clip": 0.6, "embedding_bits": 32, "head_bits": 32}
+    compile_engine(directory, tmp_path / "e.plan", **options)
+    ids = calibration_ids(Recipe.from_values(options), import_model(directory), 4 * 48)
+    reference = Reference.load(directory)
+    assert ids is not None
+    for layer in (0, 1):
+        site = next(one for one in watched.sites if f"layers.{layer}." in next(iter(one.weights)))
+        first, wanted = next(iter(site.weights)), np.zeros((site.moments.width,) * 2)
+        for row in ids:
+            with recording(reference, [first]) as record:
+                reference.logits(row)
+            rounded = grid.round(record.inputs[first]).astype(np.float64)
+            wanted += rounded.T @ rounded
+        assert np.linalg.norm(site.moments.second - wanted) < 2e-3 * np.linalg.norm(wanted)
+        here = [name for name in watched.made if f"layers.{layer}." in name]
+        for name in here:
+            reference.set_weight(name, watched.made[name])
+        quantize_inputs(reference, dict.fromkeys(here, GraphGrid(grid)))
+
+
+@pytest.mark.parametrize("prune", ["magnitude", "wanda"])
+def test_it_prunes_as_asked(prune: str, watched: type[Watched], tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = give_voice(tiny_model("llama16"))
+    options = {**QUICK, "method": "rtn", "scheme": "w8a16", "sparsity": "2:4", "prune": prune}
+    compile_engine(directory, tmp_path / "e.plan", **options)
+    for site in watched.sites:
+        for name, weight in site.weights.items():
+            norms = np.sqrt(np.diagonal(site.moments.second)) if prune == "wanda" else None
+            assert not watched.made[name][~two_of_four(weight.read(), norms)].any()
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -155,6 +215,41 @@ def test_method_auto_scores_both_on_text_that_codes_were_not_fitted_to(tiny_mode
     assert any(line.startswith("rotate auto and method auto: ") for line in lines.lines)
 
 
+@pytest.mark.parametrize("text", [None, "a few words " * 8, "short"], ids=["ours", "two windows", "one window"])
+def test_method_auto_scores_what_comes_behind(
+    text: str | None, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def fit(*arguments: Any) -> Any:
+        seen["fitted"] = arguments[5]
+        return calibrated(*arguments)
+
+    def score(model: Any, ids: Any) -> float:
+        seen["scored"] = ids
+        return 1.0
+
+    monkeypatch.setattr(frames, "calibrated", fit)
+    monkeypatch.setattr(frames, "perplexity", score)
+    directory, options = give_voice(tiny_model("llama16")), {**QUICK, "method": "auto", "scheme": "w4a16"}
+    if text is not None:
+        (tmp_path / "text.txt").write_text(text)
+        options["calibration"] = tmp_path / "text.txt"
+    compile_engine(directory, tmp_path / "e.plan", **options)
+    found = [*seen["fitted"].ravel().tolist(), *seen["scored"].ravel().tolist()]
+    tokenizer = read_tokenizer(directory)
+    assert tokenizer is not None
+    assert found == tokenizer.encode(text or calibration_text(), add_special_tokens=False).ids[: len(found)]
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 9), (2, 48), (64, 512), (3, 4096), (20, 100)])
+def test_what_is_scored_is_never_what_was_fitted(count: int, length: int) -> None:
+    ids = np.arange(count * length).reshape(count, length)
+    fitted, scored = divided(ids, 2048)
+    assert not set(fitted.flat) & set(scored.flat)
+    assert fitted.size >= scored.size
+
+
 def test_a_text_that_is_too_short_is_said(tiny_model: TinyModel, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a few words " * 10)
     lines, options = Lines(), {**QUICK, "calibration": tmp_path / "short.txt"}
@@ -188,8 +283,7 @@ def test_what_cannot_be_calibrated_is_refused(tiny_model: TinyModel, tmp_path: P
     voiced = give_voice(tiny_model("llama16"))
     with pytest.raises(ResourceError, match="calibration takes about"):
         compile_engine(voiced, target, **QUICK, max_memory="64MiB")
-    recipes = [Recipe.from_values({**QUICK, "calibration_length": length}) for length in (48, 96)]
-    short, long = (calibration_bytes(import_model(voiced), recipe) for recipe in recipes)
+    short, long = (calibration_bytes(import_model(voiced), 4, length) for length in (48, 96))
     assert short < long
     assert not list(tmp_path.iterdir())
 

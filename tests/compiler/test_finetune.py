@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny import TinyModel, give_voice
 
 import rqc
 from rqc.models.torch_model import load_torch_model
+from rqc.runtime.errors import SchemeError
 
 QUICK: dict[str, Any] = {"rank": 4, "max_steps": 3, "batch_size": 4, "seq_len": 64, "lr": 1e-2, "eval_split": 6}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -86,3 +88,25 @@ def test_the_plain_export_opens_with_peft_on_the_untouched_model(
     found = loss(opened, held_out(model, data, QUICK["eval_split"]))
     assert report.eval_loss == pytest.approx(found, rel=1e-5)
     assert report.plain == str(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("options", [{"init": "eora"}, {"init": "loftq", "loftq_iterations": 1}], ids=["eora", "loftq"])
+def test_what_repairs_its_base_is_not_added_to_weights_that_are_whole(
+    options: dict[str, Any], model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Adapters that have learned nothing: exported, during the run or after it, they change nothing."""
+    path, plain = tmp_path / "adapter", tmp_path / "plain"
+    still = {**QUICK, **options, "base": "w2", "lr": 1e-12, "export_plain": plain}
+    examples = held_out(model, data, QUICK["eval_split"])
+    untouched = loss(load_torch_model(model), examples)
+    for again in ({}, {"resume": True}):
+        rqc.finetune(model, data, path, **still, **again)
+        opened = PeftModel.from_pretrained(load_torch_model(model), str(plain)).eval()
+        assert loss(opened, examples) == pytest.approx(untouched, rel=1e-6)
+        shutil.rmtree(plain)
+    assert loss(merged(model, path).model, examples) != pytest.approx(untouched, rel=1e-3)
+    other = tmp_path / "other"
+    rqc.finetune(model, data, other, **{**still, "export_plain": None, "seed": 1})
+    for adapters, extra in (([path], {"merge": "fold"}), ([path, other], {}), ([f"a={path}"], {})):
+        with pytest.raises(SchemeError, match="repairs the rounding"):
+            rqc.compile(model, tmp_path / "e.plan", adapter=adapters, **extra)

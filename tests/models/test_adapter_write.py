@@ -272,9 +272,9 @@ def test_what_no_directory_holds_is_refused(tiny_model: TinyModel, tmp_path: Pat
     for bad, match in ((mixed, "DoRA on some"), ({}, "without any update"), (huge, "float32 cannot")):
         with pytest.raises(InputError, match=match):
             write_adapter(tmp_path / "a", bad, None)
-    with pytest.raises(InputError, match="written with its residual"):
+    with pytest.raises(InputError, match="written with the residual"):
         write_adapter(tmp_path / "a", deltas, basis_of(directory, "r1", residual=True))
-    with pytest.raises(InputError, match="written with its residual"):
+    with pytest.raises(InputError, match="written with the residual"):
         write_adapter(tmp_path / "a", deltas, basis_of(directory, "r1"), residual=deltas)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

@@ -120,8 +120,11 @@ def test_float64_where_float32_has_no_factor(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "DAMPENING", 1e-9)
     x = np.random.default_rng(0).normal(size=(400, 1)) + 1e-4 * np.random.default_rng(1).normal(size=(400, 48))
     grid, w = Grid(4, 16), weight(8, 48)
-    found = gptq(w, order_of(x.T @ x, grid), grid)
-    assert np.isfinite(found.scales).all()
+    moments, order = x.T @ x, order_of(x.T @ x, grid)
+    assert np.isfinite(gptq(w, order, grid).scales).all()
+    h = (moments + 1e-9 * np.diagonal(moments).mean() * np.eye(48))[np.ix_(order.columns, order.columns)]
+    wanted = 1 / np.linalg.cholesky(h[::-1, ::-1]).diagonal()[::-1]  # of U with h⁻¹ = Uᵀ U
+    np.testing.assert_allclose(order.factor.diagonal(), wanted, rtol=1e-2)  # a larger dampening has another one
 
 
 def test_moments_that_are_not_finite_are_refused() -> None:

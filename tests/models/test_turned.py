@@ -76,6 +76,19 @@ def test_it_is_the_folded_model_with_rounded_inputs(tiny_model: TinyModel, name:
     assert error < 0.35 * rounding  # a code on the other side of a tie moves others behind it
 
 
+@pytest.mark.parametrize("weights", [None, Grid(4, 32)], ids=["float", "rtn"])
+def test_it_can_leave_rounding_out(tiny_model: TinyModel, weights: Grid | None) -> None:
+    """What the rounded model is compared with costs no second one."""
+    rounding = partial(round_tokens, grid=FOUR)
+    reference, basis = turned(tiny_model("llama-bias"), rounding, weights=weights, cache=rounding)
+    plain = Reference.load(tiny_model("llama-bias"))
+    plain.model.double()
+    with torch.no_grad(), basis.in_floats():
+        torch.testing.assert_close(logits(reference), logits(plain), rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        assert (logits(reference) - logits(plain)).norm() > 1e-3 * logits(plain).norm()
+
+
 @pytest.mark.parametrize("name", ["llama-tied", "phi3"])
 def test_gradients_are_differences_with_frozen_errors(tiny_model: TinyModel, name: str) -> None:
     """A straight-through gradient is the derivative of x + e with the rounding error e held fast. transformers computes

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rqc.compiler.data_files import json_values
 from rqc.compiler.model_text import text_of
 from rqc.compiler.text import read_tokenizer
 from rqc.compiler.verify.parity import Ids, cut, perplexity
@@ -87,8 +88,7 @@ class Place:
         path = self.data / "c4" / "c4_demo.json"
         if not path.is_file():
             raise InputError(f"{path} is not there", hint="name the folder with c4 in it: --data-dir DATA")
-        found: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        return [value for _, value in json_values(path)]
 
     @cached_property
     def fingerprint(self) -> str:
