@@ -35,11 +35,12 @@ Rounding = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Roundings:
     """What an engine rounds: inputs, by the weight that reads them; weights (None: floats) by their grid; keys and
-    values [..., head size] (None: floats)."""
+    values [..., head size] (None: floats), keys less their mean over all tokens where they are centred."""
 
     inputs: Mapping[str, Rounding]
     weights: Grid | None = None
     cache: Rounding | None = None
+    centred: bool = False
 
 
 class Basis(nn.Module):
@@ -112,20 +113,19 @@ def turn_linears(reference: Reference, basis: Basis, roundings: Roundings) -> No
         else:
             turned = TurnedLinear(linear, own, reference, reader, rounding, roundings.weights)
             reference.model.set_submodule(path, turned)
-    if (cache := roundings.cache) is not None:
-        before_attention(reference.model, lambda layer, q, k, v: (q, *_cached(basis, layer, k, v, cache)))
+    if roundings.cache is not None:
+        before_attention(reference.model, lambda layer, q, k, v: (q, *_cached(basis, layer, k, v, roundings)))
 
 
-def _cached(basis: Basis, layer: int, k: Tensor, v: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    """Keys and values rounded where a cache holds them: behind R3, and under R2."""
-    if not basis.rounds:
+def _cached(basis: Basis, layer: int, k: Tensor, v: Tensor, roundings: Roundings) -> tuple[Tensor, Tensor]:
+    """Keys and values [batch, heads, tokens, size] rounded where a cache holds them: behind R3, and under R2."""
+    rounding = roundings.cache
+    if rounding is None or not basis.rounds:
         return k, v
-    kept = (
-        basis.turn(rounding(basis.turn(x, space, layer)), space, layer, back=True)
-        for x, space in ((k, "keys"), (v, HEADS))
-    )
-    keys, values = kept
-    return keys, values
+    turned = basis.turn(k, "keys", layer)
+    mean = turned.mean((0, 2), keepdim=True) if roundings.centred else torch.zeros_like(turned[:1, :, :1])
+    keys = basis.turn(rounding(turned - mean) + mean, "keys", layer, back=True)
+    return keys, basis.turn(rounding(basis.turn(v, HEADS, layer)), HEADS, layer, back=True)
 
 
 class _Reader:

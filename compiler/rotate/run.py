@@ -39,6 +39,7 @@ from rqc.models.rotation_file import RotationFile
 from rqc.models.straight_through import round_tokens
 from rqc.models.token_grid import TokenGrid
 from rqc.models.turned import Basis, Rounding, Roundings, turn_linears
+from rqc.passes.token_cache import groups_of
 from rqc.runtime.doctor import require_compile
 from rqc.runtime.errors import InputError, ResourceError, TrainingError
 
@@ -149,7 +150,7 @@ class _Run:
             reference.fold_norms(tied=reference.description.architecture.tied)
         self.model = reference.model.to(device, torch.bfloat16 if settings.dtype == "bf16" else torch.float32)
         self.basis = Basis(settings.rotation, reference.description).to(device)
-        turn_linears(reference, self.basis, roundings(settings, reference.description))
+        turn_linears(reference, self.basis, roundings(settings, reference))
         if settings.gradient_checkpointing:
             _checkpoint(self.model)
         held = min(HELD_OUT, -(-len(text) // 4)) if len(text) > 1 else 0
@@ -229,9 +230,9 @@ class _Run:
         return sum(float(self._loss(window[None])) for window in self.held_out) / len(self.held_out)
 
 
-def roundings(settings: RotateSettings, description: Description) -> Roundings:
-    """What the settings' engine rounds, in PyTorch."""
-    bits = settings.scheme.activation_bits
+def roundings(settings: RotateSettings, reference: Reference) -> Roundings:
+    """What the settings' engine rounds, in PyTorch; of keys, the mean of the batch stands for that of the text."""
+    description, bits = reference.description, settings.scheme.activation_bits
     made: dict[object, Rounding] = {}
     if bits == 8:
         grids = training_grids(description, bits, settings.group_size)
@@ -240,8 +241,16 @@ def roundings(settings: RotateSettings, description: Description) -> Roundings:
         tokens = TokenGrid(bits, settings.activation_symmetric, settings.activation_clip)
         every: Rounding = partial(round_tokens, grid=tokens) if bits < 16 else _identity
         inputs = {claim.weight: every for claim in description.claims if claim.quantized}
-    cache = partial(round_tokens, grid=TokenGrid(4, symmetric=False)) if settings.kv_cache == "int4" else None
-    return Roundings(inputs, settings.grid, cache)
+    if settings.kv_cache == "float":
+        return Roundings(inputs, settings.grid)
+    cache = partial(_round_cache, grid=TokenGrid(4, symmetric=False))
+    return Roundings(inputs, settings.grid, cache, not getattr(reference.model.config, "attn_logit_softcapping", None))
+
+
+def _round_cache(x: Tensor, grid: TokenGrid) -> Tensor:
+    """x [..., head size] per token and group of channels, as `TokenCache` has it."""
+    groups = x.reshape(*x.shape[:-1], groups_of(x.shape[-1]), -1)
+    return round_tokens(groups, grid).reshape(x.shape)
 
 
 def _identity(x: Tensor) -> Tensor:

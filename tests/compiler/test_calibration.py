@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from rqc.compiler.api import compile_engine
 from rqc.compiler.calibration import calibrated as calibrating
 from rqc.compiler.calibration import frames
 from rqc.compiler.calibration.blockwise import Site, calibrate
-from rqc.compiler.calibration.calibrated import calibrated, calibration_bytes
+from rqc.compiler.calibration.calibrated import calibrated, calibration_bytes, calibration_need
 from rqc.compiler.calibration.calibration_text import calibration_ids, divided
 from rqc.compiler.calibration.findings import CodeStore
 from rqc.compiler.importer import import_model
@@ -200,6 +201,29 @@ def test_the_text_decides_and_the_same_text_gives_the_same_file(tiny_model: Tiny
         report = compile_engine(directory, tmp_path / f"{index}.plan", **QUICK, scheme="w4a16", calibration=text)
         digests.append(report.sha256)
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_neither_the_place_of_a_text_nor_memory_is_in_the_file(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory, digests = give_voice(tiny_model("llama16")), set()
+    for name, memory in (("a", None), ("b", "8GiB")):
+        (text := tmp_path / f"{name}.txt").write_text("zyxw! " * 200)
+        options = {**QUICK, "scheme": "w4a16", "calibration": text, "max_memory": memory}
+        digests.add(compile_engine(directory, tmp_path / "e.plan", **options).sha256)
+        with EngineFile.open(tmp_path / "e.plan") as engine:
+            assert json.loads(engine.read("report.json"))["text"] == sha256(text.read_bytes()).hexdigest()
+    assert len(digests) == 1
+
+
+def test_memory_is_told_by_the_text_that_is_there(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Not by what was asked for; attention's scores grow with the square of a window, in which they count."""
+    (tmp_path / "text.txt").write_text("zyxw! " * 200)
+    imported = import_model(give_voice(tiny_model("llama16")))
+    options = {**QUICK, "calibration": tmp_path / "text.txt"}
+    few, many = (Recipe.from_values({**options, "calibration_samples": count}) for count in (25, 10**6))
+    assert 0 < calibration_need(few, imported) == calibration_need(many, imported)
+    a = imported.description.architecture
+    short, long = (calibration_bytes(imported, 64 // length, length) for length in (16, 64))
+    assert long - short == 12 * a.heads * (64 * 64 - 64 * 16)
 
 
 def test_method_auto_scores_both_on_text_that_codes_were_not_fitted_to(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from tiny import TinyModel
 from torch import Tensor
 
+from rqc.models import straight_through
 from rqc.models.fake_quant import GraphGrid, quantize_inputs
 from rqc.models.grid import Grid, quantize
 from rqc.models.reference import Reference
@@ -25,7 +26,12 @@ FAMILIES = ("llama-tied", "llama-bias", "phi3", "gemma", "qwen3-moe")
 
 
 def turned(
-    model: object, rounding: Rounding, *, weights: Grid | None = None, cache: Rounding | None = None
+    model: object,
+    rounding: Rounding,
+    *,
+    weights: Grid | None = None,
+    cache: Rounding | None = None,
+    centred: bool = False,
 ) -> tuple[Reference, Basis]:
     """A tiny model whose linears round in the basis of all sites, and that basis, in float64."""
     reference = Reference.load(model)  # type: ignore[arg-type]
@@ -33,7 +39,7 @@ def turned(
     reference.model.double()
     basis = Basis(SITES, reference.description, torch.float64)
     inputs = {claim.weight: rounding for claim in reference.description.claims if claim.quantized}
-    turn_linears(reference, basis, Roundings(inputs, weights, cache))
+    turn_linears(reference, basis, Roundings(inputs, weights, cache, centred))
     return reference, basis
 
 
@@ -74,6 +80,23 @@ def test_it_is_the_folded_model_with_rounded_inputs(tiny_model: TinyModel, name:
         plain = logits(Reference.load(path))
     error, rounding = (found - wanted).norm(), (wanted - plain).norm()
     assert error < 0.35 * rounding  # a code on the other side of a tie moves others behind it
+
+
+def test_centred_keys_are_rounded_without_their_mean(tiny_model: TinyModel) -> None:
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    reference, _ = turned(tiny_model("llama-bias"), lambda x: x, cache=keep, centred=True)
+    plain = Reference.load(tiny_model("llama-bias"))
+    plain.model.double()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(reference), logits(plain), rtol=1e-6, atol=1e-6)
+    keys, values = kept[::2], kept[1::2]
+    assert all(float(k.mean((0, 2)).abs().max()) < 1e-6 for k in keys)
+    assert all(float(v.mean((0, 2)).abs().max()) > 1e-3 for v in values)
 
 
 @pytest.mark.parametrize("weights", [None, Grid(4, 32)], ids=["float", "rtn"])
@@ -131,12 +154,7 @@ def test_gradients_are_differences_with_frozen_errors(tiny_model: TinyModel, nam
 def test_tokens_are_rounded_as_in_the_graph(grid: TokenGrid) -> None:
     x = np.random.default_rng(0).standard_normal((50, 77)).astype(np.float32)
     x[3] = 0
-    tensor = torch.from_numpy(x).requires_grad_()
-    rounded = round_tokens(tensor, grid)
-    np.testing.assert_allclose(rounded.detach().numpy(), grid.round(x), atol=1e-6)
-    (gradient,) = torch.autograd.grad(rounded.sum(), tensor)
-    assert bool((gradient == 1).all()) == (grid.clip == 1)
-    assert set(gradient.unique().tolist()) <= {0.0, 1.0}
+    np.testing.assert_allclose(round_tokens(torch.from_numpy(x), grid).numpy(), grid.round(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(3, -1), Grid(2, 64, False), Grid(8, 16, False)], ids=str)
@@ -144,8 +162,40 @@ def test_weights_are_rounded_as_in_the_engine(grid: Grid) -> None:
     w = np.random.default_rng(0).standard_normal((40, 152)).astype(np.float32)
     w[5] = 0
     wanted = quantize(w, grid).dequantize()
-    tensor = torch.from_numpy(w).requires_grad_()
-    found = round_weight(tensor, grid)
-    assert (np.abs(found.detach().numpy() - wanted) > 1e-5).mean() < 1e-3  # ties
-    (gradient,) = torch.autograd.grad(found.sum(), tensor)
-    assert bool((gradient == 1).all())
+    found = round_weight(torch.from_numpy(w), grid).numpy()
+    assert (np.abs(found - wanted) > 1e-5).mean() < 1e-3  # ties
+
+
+GRADIENTS = {
+    **{str(grid): partial(round_tokens, grid=grid) for grid in (FOUR, TokenGrid(4, False), TokenGrid(4, False, 0.8))},
+    **{f"weight {grid}": partial(round_weight, grid=grid) for grid in (Grid(4, 32), Grid(3, -1), Grid(2, 16, False))},
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_reach_scales_and_the_ends_of_ranges(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are derivatives with what rounding adds to each code held fast, but where a code is at the end of its range,
+    beyond which that moves nothing."""
+    draw, rounding = np.random.default_rng(0), GRADIENTS[name]
+    x, along, weights = (torch.from_numpy(draw.standard_normal((6, 72)).astype(np.float32)) for _ in range(3))
+    added: list[Tensor] = []
+    nearest = straight_through._nearest
+
+    def recorded(value: Tensor) -> Tensor:
+        added.append((torch.round(value) - value).detach())
+        return nearest(value)
+
+    def moved(step: float) -> Tensor:
+        replay = iter(added)
+        monkeypatch.setattr(straight_through, "_nearest", lambda value: value + next(replay))
+        return rounding(x.detach() + step * along).detach()
+
+    monkeypatch.setattr(straight_through, "_nearest", recorded)
+    rounded = rounding(x.requires_grad_())
+    forth, here, back = (moved(step) for step in (1e-2, 0, -1e-2))
+    weights *= (forth - 2 * here + back).abs() < 1e-4
+    (gradient,) = torch.autograd.grad((rounded * weights).sum(), x)
+    assert (weights != 0).float().mean() > 0.7
+    slope = float(((forth - back) * weights).sum()) / 2e-2
+    assert float((gradient * along).sum()) == pytest.approx(slope, abs=1e-2)
+    assert abs(float((along * weights).sum()) - slope) > 0.1, "that of the identity"
