@@ -52,7 +52,7 @@ def rotate(
     calibration: TextFile = None,
     steps: Annotated[int | None, typer.Option(help="[default: 100]")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="How far a step turns, up to 1; it follows a cosine.  [default: 0.06]")
+        float | None, typer.Option(help="How far a step turns, up to 1; it follows a cosine.  [default: 0.2]")
     ] = None,
     momentum: Annotated[float | None, typer.Option(help="[default: 0.9]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows of a step.  [default: 1]")] = None,

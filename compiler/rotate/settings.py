@@ -48,7 +48,7 @@ class RotateSettings:
     loss: str = "kl"
     calibration: Path | None = None
     steps: int = 100
-    lr: float = 0.06
+    lr: float = 0.2
     momentum: float = 0.9
     batch_size: int = 1
     seq_len: int = 1024
@@ -70,7 +70,7 @@ class RotateSettings:
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}", hint=f"{name} is {least} or more")
         if not (0 < self.lr <= 1):
-            raise InputError(f"lr is {self.lr}", hint="lr is more than 0 and up to 1, such as 0.06")
+            raise InputError(f"lr is {self.lr}", hint="lr is more than 0 and up to 1, such as 0.2")
         if not 0 <= self.momentum < 1:
             raise InputError(f"momentum is {self.momentum}", hint="momentum is a share below 1, such as 0.9")
         if not 0 < self.activation_clip <= 1:

@@ -131,7 +131,7 @@ def test_a_killed_run_goes_on_to_the_same_file(model: Path, text: Path, tmp_path
     assert state.is_file()
     with pytest.raises(InputError, match="not finished"):
         rqc.rotate(model, path, calibration=text, **QUICK)
-    with pytest.raises(InputError, match=r"lr was 0\.06, is 0\.1"):
+    with pytest.raises(InputError, match=r"lr was 0\.2, is 0\.1"):
         rqc.rotate(model, path, calibration=text, resume=True, lr=0.1, **QUICK)
     report = rqc.rotate(model, path, calibration=text, resume=True, **QUICK)
     assert report.losses == pytest.approx(expected.losses, abs=1e-6)
@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[RqcError], str]] = {
     "nothing to learn": ({"rotate": "r3,r4"}, RotationError, "--rotate r1,r2,r4"),
     "kernel's grid": ({"scheme": "w4a8", "activation_symmetric": False}, SchemeError, "w6a6"),
     "steps": ({"steps": 0}, InputError, "steps is 1 or more"),
-    "lr": ({"lr": float("nan")}, InputError, "0.06"),
+    "lr": ({"lr": float("nan")}, InputError, "0.2"),
     "group": ({"group_size": 64}, SchemeError, "--weights rtn"),
     "asymmetric": ({"scheme": "w4a8", "symmetric": False}, SchemeError, "--weights rtn"),
     "turn": ({"lr": 1.5}, InputError, "up to 1"),
