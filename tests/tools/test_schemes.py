@@ -197,14 +197,18 @@ def test_an_interrupt_ends_jobs_that_would_go_on(tmp_path: Path) -> None:
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
         "from scoring.jobs import side_by_side\n"
-        "side_by_side(lambda item: (print(item, flush=True), time.sleep(60)), range(4), 1)"
+        "items = (item for item in range(4) if not item or time.sleep(0.2) is None)\n"
+        "side_by_side(lambda item: (print(item, flush=True), time.sleep(60)), items, 1)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(TOOLS)], stdout=subprocess.PIPE, cwd=tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"0\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 130
-        assert process.stdout.read() == b""
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"0\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=20) == 130
+            assert process.stdout.read() == b""
+        finally:
+            process.kill()
 
 
 def test_what_a_job_raises_ends_them_all(script: ModuleType) -> None:

@@ -27,8 +27,8 @@ def side_by_side(work: Callable[[Item], None], items: Iterable[Item], jobs: int)
     for job in range(jobs):
         shares.put(cores[job % len(cores) :: jobs])
     pool = ThreadPoolExecutor(jobs, initializer=lambda: _take(shares.get()))
-    started = [pool.submit(work, item) for item in items]
     try:
+        started = [pool.submit(work, item) for item in items]  # the first may run before the last is here
         wait(started, return_when=FIRST_EXCEPTION)
     except KeyboardInterrupt:
         # Commands that were running have had it too; what runs in here would go on to its end. Of a scratch folder that
