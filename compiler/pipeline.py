@@ -170,11 +170,9 @@ def _way_to_less(recipe: Recipe, rotation: Rotation) -> str:
     """What would lower the peak memory of a compile."""
     if recipe.builds:
         return "--portable here, and `rqc build` where there is more"
-    if calibrates(recipe):
-        return "lower --calibration-length and --calibration-samples"
-    if "r1" in rotation.sites:
-        return "leave r1 out: folds that mix rows need a whole matrix in float64"
-    return "compile where there is more"
+    ways = ["lower --calibration-length and --calibration-samples"] if calibrates(recipe) else []
+    ways += ["leave r1 out: folds that mix rows need a whole matrix in float64"] if "r1" in rotation.sites else []
+    return ", or ".join(ways) or "compile where there is more"
 
 
 def _peak(*, builds: bool) -> int:

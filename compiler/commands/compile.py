@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from rqc.compiler.commands.parameters import CalibrationDevice, Json, Length, ModelDir, Samples, TextFile
+from rqc.compiler.commands.parameters import (
+    ActivationSymmetric,
+    CalibrationDevice,
+    Clip,
+    Hadamard,
+    Json,
+    Length,
+    Method,
+    MinSurvival,
+    ModelDir,
+    Samples,
+    TextFile,
+)
 from rqc.compiler.commands.verify import fail_gates
 from rqc.compiler.console import result_on_stdout
 from rqc.runtime import doctor as doctors
@@ -38,10 +50,8 @@ def compile_(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Grids with or without zero points.  [symmetric]")
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="none or mse.  [default: mse]")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="rtn, rounding to nearest; gptq, fitted to text; auto.  [default: rtn]")
-    ] = None,
+    clip: Clip = None,
+    method: Method = None,
     compensate: Annotated[
         str | None,
         typer.Option(help="none; eora or loftq, a low-rank branch for rounding's error.  [default: none]"),
@@ -55,13 +65,7 @@ def compile_(
     prune: Annotated[
         str | None, typer.Option(help="With --sparsity: magnitude, or wanda, by what is read.  [default: wanda]")
     ] = None,
-    activation_symmetric: Annotated[
-        bool | None,
-        typer.Option(
-            "--activation-symmetric/--activation-asymmetric",
-            help="Activations per token with or without zero points.  [symmetric]",
-        ),
-    ] = None,
+    activation_symmetric: ActivationSymmetric = None,
     activation_clip: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +76,7 @@ def compile_(
         str | None, typer.Option(help="auto, none, or a comma list of r1 r2 r3 r4.  [default: auto, or the adapter's]")
     ] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs.  [default: 0]")] = None,
-    hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
+    hadamard: Hadamard = None,
     rotation_file: Annotated[
         Path | None, typer.Option("--rotation", metavar="FILE", help="What `rqc rotate` has learned.")
     ] = None,
@@ -85,10 +89,7 @@ def compile_(
         ),
     ] = None,
     merge: Annotated[str | None, typer.Option(help="auto fold zero-point branch.  [default: auto]")] = None,
-    min_survival: Annotated[
-        float | None,
-        typer.Option(help="Fail where rounding leaves less of the adapter in a linear.  [default: 0.5]"),
-    ] = None,
+    min_survival: MinSurvival = None,
     kv_cache: Annotated[
         str | None, typer.Option(help="Keys and values in float int8 int4; target onnx.  [default: float]")
     ] = None,

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from rqc.compiler.commands.parameters import CalibrationDevice, Json, Length, Samples, TextFile
+from rqc.compiler.commands.parameters import (
+    CalibrationDevice,
+    Clip,
+    Json,
+    Length,
+    Method,
+    MinSurvival,
+    Samples,
+    TextFile,
+)
 from rqc.compiler.console import result_on_stdout
 from rqc.runtime import doctor as doctors
 from rqc.runtime.inspection import size_text
@@ -29,18 +38,14 @@ def export(
         typer.Option(help="none, or a comma list of r1 r2; R1 unties embedding and head.  [default: none]"),
     ] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs.  [default: 0]")] = None,
-    clip: Annotated[str | None, typer.Option(help="none or mse.  [default: mse]")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="rtn, rounding to nearest; gptq, fitted to text; auto.  [default: rtn]")
-    ] = None,
+    clip: Clip = None,
+    method: Method = None,
     calibration: TextFile = None,
     calibration_samples: Samples = None,
     calibration_length: Length = None,
     device: CalibrationDevice = None,
     adapter: Annotated[list[str] | None, typer.Option(metavar="DIR", help="A PEFT directory to fold in first.")] = None,
-    min_survival: Annotated[
-        float | None, typer.Option(help="Fail where rounding leaves less of the adapter in a linear.  [default: 0.5]")
-    ] = None,
+    min_survival: MinSurvival = None,
     as_json: Json = False,
 ) -> None:
     """Write an engine's codes, or a model rounded to 4 bits, as a Hugging Face checkpoint that other runtimes read."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rqc.compiler.commands.parameters import Json, ModelDir
+from rqc.compiler.commands.parameters import Clip, Hadamard, Json, ModelDir
 from rqc.compiler.console import result_on_stdout
 from rqc.runtime import doctor as doctors
 
@@ -43,13 +43,13 @@ def finetune(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Grids with or without zero points.  [symmetric]")
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="none or mse.  [default: mse]")] = None,
+    clip: Clip = None,
     activations: Annotated[
         int | None, typer.Option(help="16 8 6 4: bits that inputs are rounded to in training.  [default: 16]")
     ] = None,
     rotate: Annotated[str | None, typer.Option(help="none, or a comma list of r1 r2 r3 r4.  [default: r1,r4]")] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs.  [default: 0]")] = None,
-    hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
+    hadamard: Hadamard = None,
     rotation_file: Annotated[
         Path | None, typer.Option("--rotation", metavar="FILE", help="What `rqc rotate` has learned.")
     ] = None,

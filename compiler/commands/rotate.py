@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rqc.compiler.commands.parameters import Json, ModelDir, TextFile
+from rqc.compiler.commands.parameters import ActivationSymmetric, Hadamard, Json, ModelDir, TextFile
 from rqc.compiler.console import result_on_stdout
 from rqc.runtime import doctor as doctors
 
@@ -29,13 +29,7 @@ def rotate(
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="Of --weights rtn.  [symmetric]")
     ] = None,
-    activation_symmetric: Annotated[
-        bool | None,
-        typer.Option(
-            "--activation-symmetric/--activation-asymmetric",
-            help="Activations per token with or without zero points.  [symmetric]",
-        ),
-    ] = None,
+    activation_symmetric: ActivationSymmetric = None,
     activation_clip: Annotated[
         float | None, typer.Option(help="Clip their range to this share.  [default: 1.0]")
     ] = None,
@@ -44,7 +38,7 @@ def rotate(
         str | None, typer.Option(help="r1, r2 or both, which are learned, and r3 r4.  [default: r1,r2,r4]")
     ] = None,
     rotation_seed: Annotated[int | None, typer.Option(help="Seed of the signs at the start.  [default: 0]")] = None,
-    hadamard: Annotated[str | None, typer.Option(help="full or block.  [default: full]")] = None,
+    hadamard: Hadamard = None,
     loss: Annotated[
         str | None,
         typer.Option(help="kl, from what the model says in floats; ce, of the next token.  [default: kl]"),

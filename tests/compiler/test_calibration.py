@@ -25,12 +25,11 @@ from rqc.compiler.importer import import_model
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.text import calibration_text, read_tokenizer
 from rqc.compiler.verify.engine import verify_engine
-from rqc.models.fake_quant import ActivationGrid, GraphGrid, quantize_inputs, recording
-from rqc.models.grid import Grid, fake_quantize_activations, quantize
+from rqc.models.fake_quant import GraphGrid, quantize_inputs, recording
+from rqc.models.grid import Grid, quantize
 from rqc.models.reference import Reference
 from rqc.models.sparsity import two_of_four
 from rqc.models.token_grid import TokenGrid
-from rqc.passes.activations import QuantizeActivations
 from rqc.passes.quantize import QuantizeLinears
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError, ResourceError, SchemeError
@@ -83,33 +82,6 @@ def test_moments_are_those_of_what_pytorch_reads_behind_rounded_blocks(name: str
         if last:
             for weight in (weight for one in sites if one.block == site.block for weight in one.weights):
                 reference.set_weight(weight, store.found[weight]().dequantize())
-
-
-def test_rounded_activations_reach_the_next_block(tiny_model: TinyModel) -> None:
-    """With the weights left alone, the second block's inputs are those of a model whose first rounds what it reads."""
-    imported = import_model(tiny_model("llama16"))
-    ids, sites = np.random.default_rng(0).integers(3, 96, (2, 24)), list[Site]()
-    exact = Grid(8, 16)
-    calibrate(
-        imported.model,
-        ids,
-        sites.append,
-        lambda names: [QuantizeLinears(imported.description, exact), QuantizeActivations(TokenGrid(3))],
-        lambda node: TokenGrid(3).round,
-    )
-    reference = Reference.load(tiny_model("llama16"))
-    here = [claim.weight for claim in imported.description.claims if claim.layer == 0]
-    for weight in here:
-        reference.set_weight(weight, quantize(reference.parts[weight].weight.numpy(), exact).dequantize())
-    quantize_inputs(reference, dict.fromkeys(here, ActivationGrid(3, -1)))
-    site = next(one for one in sites if "layers.1." in next(iter(one.weights)))
-    first, wanted = next(iter(site.weights)), np.zeros((site.moments.width,) * 2)
-    for row in ids:
-        with recording(reference, [first]) as record:
-            reference.logits(row)
-        rounded = fake_quantize_activations(record.inputs[first], -1, 3).astype(np.float64)
-        wanted += rounded.T @ rounded
-    np.testing.assert_allclose(site.moments.second, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
 
 
 class Watched(calibrating.Solver):
