@@ -58,13 +58,15 @@ def parsed_values(
     return parsed
 
 
-def file_values(parsed: Mapping[str, Any]) -> dict[str, Any]:
+def rotation_values(parsed: Mapping[str, Any]) -> dict[str, Any]:
     """What a learned rotation brings along: sites, unless they are chosen, seed and kind.
 
-    Raises InputError where the options say another seed or kind beside it, or leave out all that was learned.
+    Raises InputError where the options say another seed or kind beside it, or leave out all that was learned, and for
+    the seed or kind of a rotation that has no sites.
     """
     file = parsed.get("rotation_file")
     if file is None:
+        _check_sites(parsed)
         return {}
     for name in ("rotation_seed", "hadamard"):
         if name in parsed:
@@ -82,6 +84,16 @@ def file_values(parsed: Mapping[str, Any]) -> dict[str, Any]:
         "rotation_seed": rotation.seed,
         "hadamard": rotation.hadamard,
     }
+
+
+def _check_sites(parsed: Mapping[str, Any]) -> None:
+    """Raise InputError for the seed or kind of no rotation at all."""
+    for name, default in (("rotation_seed", 0), ("hadamard", "full")):
+        if parsed.get("rotate") == frozenset() and parsed.get(name, default) != default:
+            raise InputError(
+                f"--{name.replace('_', '-')} {parsed[name]} with --rotate none, which has no use for it",
+                hint="leave it out, or --rotate r1,r2,r4",
+            )
 
 
 def site_names(value: Any, *words: str) -> list[str]:

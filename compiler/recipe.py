@@ -17,7 +17,7 @@ from rqc.compiler.adapters.sources import AdapterSource, parse_sources
 from rqc.compiler.compensation_options import check_compensation
 from rqc.compiler.float_options import check_floats
 from rqc.compiler.layer_rules import LayerRule, check_budget, parse_rules
-from rqc.compiler.option_values import NUMBER, PATH, field_of, file_values, one_of, parsed_values, site_names, typed
+from rqc.compiler.option_values import NUMBER, PATH, field_of, one_of, parsed_values, rotation_values, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.rotation import KINDS, SITES, Rotation
 from rqc.models.rotation_file import RotationFile
@@ -230,7 +230,8 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain values, readable by `from_values`."""
         without = {"rotation_file"} | (set() if self.sparsity != "none" else {"prune"})
-        without |= set() if self.rotation_file is None else {"rotation_seed", "hadamard"}  # which it brings along
+        unturned = self.rotate == frozenset() or self.rotation_file is not None  # which brings them along
+        without |= {"rotation_seed", "hadamard"} if unturned else set()
         plain = {name: getattr(self, name) for name in option_names() if name not in without}
         rotate = "auto" if self.rotate == "auto" else ",".join(sorted(self.rotate)) or "none"
         return {
@@ -252,7 +253,7 @@ class Recipe:
         Raises InputError for an unknown name, with the nearest known one, and for a value of the wrong type.
         """
         parsed = parsed_values(values, option_names(), "a compile", _parse)
-        return cls(**{**parsed, **file_values(parsed)}, given=frozenset(parsed))
+        return cls(**{**parsed, **rotation_values(parsed)}, given=frozenset(parsed))
 
     @classmethod
     def load(cls, path: Path | str) -> Recipe:

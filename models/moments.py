@@ -27,6 +27,13 @@ class Moments:
     def __post_init__(self) -> None:
         self.second = np.zeros((self.width, self.width))
 
+    @classmethod
+    def white(cls, width: int) -> Moments:
+        """The identity: of what no text is known of. Errors under it are those of the weights."""
+        made = cls(width)
+        np.fill_diagonal(made.second, 1)
+        return made
+
     def add(self, x: NDArray[Any]) -> None:
         """Count tokens x [..., width]. Raises CheckpointError if one is not finite."""
         tokens = np.ascontiguousarray(x.reshape(-1, self.width), np.float32)

@@ -63,6 +63,16 @@ def calibrate(
         told(index, blocks)
 
 
+def solve_by_weights(model: ir.Model, solve: Solve, told: Callable[[int, int], None]) -> None:
+    """`calibrate` without a text: as if all that a linear may read were equally likely. Nothing runs."""
+    readers = [_Reader(name, weight, node) for name, weight, node in _quantizable(model)]
+    parts = partition(model, {reader.value for reader in readers})[:-1]
+    for index, part in enumerate(parts):
+        for one in (one for one in readers if one.value in part.outputs):
+            solve(Site(part.name, {one.name: one.weight}, Moments.white(one.weight.shape[1])))
+        told(index, len(parts) - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class _Reader:
     """A linear: the value that it reads, and what it multiplies it with."""

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from rqc.compiler.adapters.merge import Merge
-from rqc.compiler.calibration.blockwise import ROWS_AT_ONCE, Round, calibrate
+from rqc.compiler.calibration.blockwise import ROWS_AT_ONCE, Round, calibrate, solve_by_weights
 from rqc.compiler.calibration.calibration_text import required_ids, tell_shortened
 from rqc.compiler.calibration.compensation import budgeted_ranks
 from rqc.compiler.calibration.findings import Findings
@@ -33,10 +33,16 @@ FACTOR_BYTES = 20
 """For each second moment: it and its factors while it is inverted."""
 
 
-def calibrates(recipe: Recipe) -> bool:
-    """Whether a compile by that recipe looks at what linears read."""
+def solves(recipe: Recipe) -> bool:
+    """Whether a compile by that recipe finds codes, zeros or branches otherwise than by rounding to nearest."""
     asked = recipe.method == "gptq" or recipe.compensate != "none" or recipe.sparsity != "none"
     return recipe.scheme.quantized and asked
+
+
+def calibrates(recipe: Recipe) -> bool:
+    """Whether it looks at what linears read for that; LoftQ and zeros by magnitude follow from weights alone."""
+    pruned_by_text = recipe.sparsity != "none" and recipe.prune == "wanda"
+    return solves(recipe) and (recipe.method == "gptq" or recipe.compensate == "eora" or pruned_by_text)
 
 
 def reads_text(recipe: Recipe) -> bool:
@@ -84,16 +90,20 @@ def calibrated(
     progress: Progress,
     ids: NDArray[np.int64] | None = None,
 ) -> Findings | None:
-    """Run the model in its frame over the calibration text (`ids` if given) and fit codes to it; None where the recipe
-    asks for nothing of the kind. Adapters count where they are folded; beside the grid they are left out.
+    """Run the model in its frame over the calibration text (`ids` if given) and fit codes to it, or find them from the
+    weights alone where no text is needed; None where the recipe asks for nothing of the kind. Adapters count where they
+    are folded; beside the grid they are left out.
 
     Raises InputError without a tokenizer, ResourceError where it does not fit under --max-memory, CheckpointError,
     naming the linear, for moments that are not finite.
     """
-    if not calibrates(recipe):
+    if not solves(recipe):
         return None
-    ids = _text(recipe, imported, progress) if ids is None else ids
-    _check_memory(recipe, imported, ids)
+    if not calibrates(recipe):
+        ids = None
+    else:
+        ids = _text(recipe, imported, progress) if ids is None else ids
+        _check_memory(recipe, imported, ids)
     found = _run(recipe, imported, rotation, merge, ids, None, progress)
     if recipe.compensate_budget is not None:
         ranks = budgeted_ranks(recipe, found.spectra, {name: codes().shape for name, codes in found.found.items()})
@@ -102,7 +112,8 @@ def calibrated(
     ratios = sorted(fit.error / fit.nearest for fit in found.fits.values() if fit.nearest)
     if ratios:
         told = f"error {ratios[len(ratios) // 2]:.2f} × that of rounding to nearest (median)"
-        progress.line(f"calibration: {recipe.method} on {ids.size} tokens, {told}")
+        looked = "the weights alone" if ids is None else f"{ids.size} tokens"
+        progress.line(f"calibration: {recipe.method} on {looked}, {told}")
     return found
 
 
@@ -111,7 +122,7 @@ def _run(
     imported: Imported,
     rotation: Rotation,
     merge: Merge | None,
-    ids: NDArray[np.int64],
+    ids: NDArray[np.int64] | None,
     ranks: Mapping[str, int] | None,
     progress: Progress,
 ) -> Findings:
@@ -119,12 +130,16 @@ def _run(
     fresh = import_model(imported.checkpoint.directory)
     for step in frame(recipe, fresh.description, rotation, merge):
         step(fresh.model)
-    found = Findings(int(ids.size))
+    found = Findings(0 if ids is None else int(ids.size))
     rounds = next(one for one in grids(recipe, fresh.description) if isinstance(one, QuantizeLinears))
+    solver = Solver(recipe, rounds, found, ranks)
+    if ids is None:
+        solve_by_weights(fresh.model, solver, lambda done, total: progress.advance("calibration", done, total))
+        return found
     calibrate(
         fresh.model,
         ids,
-        Solver(recipe, rounds, found, ranks),
+        solver,
         lambda names: _deployed(recipe, fresh.description, found.of(names)),
         lambda node: _rounding(recipe, node),
         lambda done, total: progress.advance("calibration", done, total),

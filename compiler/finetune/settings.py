@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rqc.compiler.option_values import NUMBER, PATH, file_values, one_of, parsed_values, site_names, typed
+from rqc.compiler.option_values import NUMBER, PATH, one_of, parsed_values, rotation_values, site_names, typed
 from rqc.compiler.recipe import CLIPS, GROUP_SIZES
 from rqc.compiler.scheme import SCHEMES
 from rqc.models.adapter_basis import ADAPTER_TYPES, BASE_KINDS, MERGED_POOLS, POOLED
@@ -155,7 +155,7 @@ class Settings:
         Raises InputError for an unknown name, with the nearest known one, and for a value of the wrong type.
         """
         parsed = parsed_values(values, [each.name for each in fields(cls)], "a fine-tune", _parse)
-        return cls(**{**parsed, **file_values(parsed)})
+        return cls(**{**parsed, **rotation_values(parsed)})
 
     def _check_choices(self) -> None:
         _refused("init", self.init, REFUSED_INITS, INITS)

@@ -84,6 +84,8 @@ def test_json_gives_the_same_recipe_back(values: dict[str, Any]) -> None:
         ({"calibration_samples": 0}, InputError, "0", "1 or more"),
         ({"max_memory": "plenty"}, InputError, "plenty", "4GiB"),
         ({"groupsize": 32}, InputError, "groupsize", "group_size"),
+        ({"rotate": "none", "hadamard": "block"}, InputError, "--hadamard block", "r1,r2,r4"),
+        ({"rotate": "none", "rotation_seed": 3}, InputError, "--rotation-seed 3", "leave it out"),
         ({"kv_cache": "int6"}, SchemeError, "int6", "int8, int4"),
         ({"kv_cache": 8}, InputError, "kv_cache", "text"),
         ({"group_size": 32, "group-size": 64}, InputError, "twice", "same"),

@@ -140,6 +140,35 @@ def test_it_prunes_as_asked(prune: str, watched: type[Watched], tiny_model: Tiny
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"compensate": "loftq", "compensate_rank": 8},
+        {"compensate": "loftq", "compensate_budget": 1.0},
+        {"sparsity": "2:4", "prune": "magnitude"},
+    ],
+)
+def test_what_weights_alone_decide_needs_no_text(
+    options: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Without a tokenizer; and the file is the same whatever text is named."""
+    directory = tiny_model("llama16", initializer_range=0.1)
+    asked = {"scheme": "w3a16", "rotate": "r1,r4", **options}
+    made = compile_engine(directory, tmp_path / "e.plan", **asked)
+    (tmp_path / "other.txt").write_text("zyxw! " * 200)
+    lines = Lines()
+    named = compile_engine(
+        directory, tmp_path / "named.plan", **asked, calibration=tmp_path / "other.txt", progress=lines
+    )
+    assert made.sha256 == named.sha256
+    assert any("the text is not looked at" in line for line in lines.lines)
+    ids = np.random.default_rng(1).integers(3, 96, 200).tolist()
+    report = verify_engine(tmp_path / "e.plan", directory, token_ids=ids, tokens=200, window=100, threads=1)
+    assert report.passed, report.gates
+    with pytest.raises(InputError, match="has no tokenizer"):
+        compile_engine(directory, tmp_path / "e.plan", scheme="w3a16", compensate="eora", rotate="r1,r4")
+
+
+@pytest.mark.parametrize(
     ("name", "options"),
     [
         ("llama-tied", {"scheme": "w4a16", "rotate": "r1,r2,r4"}),
