@@ -8,6 +8,9 @@ no further from ΔW than no branch.
 
 Departures from the published code: S is a plain sum over tokens (there early samples decay), and both factors share the
 length of U_rᵀ ΔW's rows by its root, so that they don't depend on the scale of x.
+
+Where x is rounded to x̂ at run time, EoRA of `Moments.suited(W)` - Ŵ under E[x̂ x̂ᵀ] is the reduced-rank form that makes
+up for that too: min E‖W x - (Ŵ + B A) x̂‖².
 """
 
 from __future__ import annotations
@@ -21,12 +24,9 @@ from numpy.typing import NDArray
 from rqc.models.delta import Delta
 from rqc.runtime.errors import CheckpointError, SchemeError
 
-__all__ = ["eora", "eora_rounded", "ranks_by_budget", "rounded_difference", "spectrum", "tail"]
+__all__ = ["eora", "ranks_by_budget", "spectrum", "tail"]
 
 Array = NDArray[np.float64]
-
-_SEEN = 1e-12
-"""Of the largest, the eigenvalue below which a direction is rounding error of float32 activations."""
 
 
 def eora(difference: Array, second_moment: Array, rank: int) -> Delta:
@@ -50,28 +50,6 @@ def eora(difference: Array, second_moment: Array, rank: int) -> Delta:
     a, b = a / roots[:, None], u * roots
     a[dead], b[:, dead] = np.eye(*a.shape)[dead], 0
     return Delta(a, b)
-
-
-def eora_rounded(w: Array, quantized: Array, cross: Array, rounded: Array, rank: int) -> Delta:
-    """The branch where x is rounded to x̂ at run time too: min E‖W x - (Ŵ + B A) x̂‖², C = E[x x̂ᵀ], Ŝ = E[x̂ x̂ᵀ].
-
-    What Ŵ + B A should be is the regression of W x on x̂, M + Ŵ: it is EoRA of `rounded_difference`, under Ŝ. w and
-    quantized [N, K], cross and rounded [K, K] of one scale. Raises as `eora`.
-    """
-    return eora(rounded_difference(w, quantized, cross, rounded), rounded, rank)
-
-
-def rounded_difference(w: Array, quantized: Array, cross: Array, rounded: Array) -> Array:
-    """M = (W C) Ŝ⁻¹ - Ŵ [N, K]; where x̂ never went, W - Ŵ. Without rounding (C = Ŝ) it is W - Ŵ everywhere."""
-    difference: Array = w - quantized
-    shift = cross - rounded
-    if not shift.any():
-        return difference
-    values, vectors = _eigen(rounded)
-    seen = values > _SEEN * values.max(initial=0.0)
-    basis = vectors[:, seen]
-    moved: Array = ((w @ (shift @ basis)) / values[seen]) @ basis.T
-    return difference + moved
 
 
 def spectrum(difference: Array, second_moment: Array) -> Array:

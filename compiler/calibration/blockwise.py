@@ -42,11 +42,14 @@ def calibrate(
     deployed: Callable[[Collection[str]], Sequence[Pass]],
     rounding: Callable[[ir.Node], Round | None] = lambda node: None,
     told: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    crossed: bool = False,
 ) -> None:
     """Call `solve` for every site of every decoder block of a float graph, in order, on token ids [windows, length].
 
     deployed: the passes that make of a block with these weights what the engine will compute, once they are solved.
-    rounding: how what a linear reads is rounded, if it is. told: blocks done, of how many.
+    rounding: how what a linear reads is rounded, if it is. told: blocks done, of how many. crossed: moments also with
+    what was there before it was rounded.
     """
     readers = [_Reader(name, weight, node) for name, weight, node in _quantizable(model)]
     plain, seen = partition(model), partition(model, {reader.value for reader in readers})
@@ -54,7 +57,7 @@ def calibrate(
     blocks = len(plain) - 2
     for index, (part, observed) in enumerate(zip(plain[:-1], seen[:-1], strict=True)):
         here = [one for one in readers if one.value in observed.outputs]
-        for site in _sites(model, observed, here, text, rounding):
+        for site in _sites(model, observed, here, text, rounding, crossed=crossed):
             solve(site)
         passes = deployed([one.name for one in here])
         needed = {name for later in plain[index + 1 :] for name in later.inputs}
@@ -101,27 +104,27 @@ def _sites(
     readers: Sequence[_Reader],
     text: Sequence[Mapping[str, Array]],
     rounding: Callable[[ir.Node], Round | None],
+    *,
+    crossed: bool,
 ) -> Iterator[Site]:
     """Run a block over the text; its linears by what they read, with the moments of that."""
     if not readers:
         return
     first = {one.value: one for one in reversed(readers)}
     values = tuple(dict.fromkeys(one.value for one in readers))
-    rounds = {value: rounding(first[value].node) or _as_it_is for value in values}
-    moments = {value: Moments(first[value].weight.shape[1]) for value in values}
+    rounds = {value: rounding(first[value].node) for value in values}
+    moments = {
+        value: Moments(first[value].weight.shape[1], crossed=crossed and rounds[value] is not None) for value in values
+    }
     session = open_part(model, Part(part.name, part.inputs, values), text[0])
     for known in text:
         results = session.run(list(values), {name: known[name] for name in part.inputs})
         for value, x in zip(values, results, strict=True):
             try:
-                moments[value].add(rounds[value](x))
+                moments[value].add(x if (round_ := rounds[value]) is None else round_(x), x)
             except CheckpointError as error:
                 raise CheckpointError(f"{first[value].name}: {error.message}", hint=error.hint) from error
     del session
     for value in values:
         weights = {one.name: one.weight for one in readers if one.value == value}
         yield Site(part.name, weights, moments.pop(value))
-
-
-def _as_it_is(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    return x

@@ -143,6 +143,7 @@ def _run(
         lambda names: _deployed(recipe, fresh.description, found.of(names)),
         lambda node: _rounding(recipe, node),
         lambda done, total: progress.advance("calibration", done, total),
+        crossed=_crosses(recipe),
     )
     return found
 
@@ -163,14 +164,21 @@ def _asked(recipe: Recipe) -> str:
 
 def calibration_need(recipe: Recipe, imported: Imported) -> int:
     """Bytes that `calibrated` will take: the text is read for it, no weight is. Raises InputError as it does."""
-    return calibration_bytes(imported, *_text(recipe, imported, Silent()).shape) if calibrates(recipe) else 0
+    if not calibrates(recipe):
+        return 0
+    return calibration_bytes(imported, *_text(recipe, imported, Silent()).shape, crossed=_crosses(recipe))
+
+
+def _crosses(recipe: Recipe) -> bool:
+    """Whether codes or branches make up for the rounding of activations too."""
+    return recipe.scheme.activation_bits < 8 and (recipe.method == "gptq" or recipe.compensate == "eora")
 
 
 def _check_memory(recipe: Recipe, imported: Imported, ids: NDArray[np.int64]) -> None:
     """Raise ResourceError, before a weight is read, where calibration does not fit under --max-memory."""
     if recipe.max_memory is None:
         return
-    needed = resident_bytes() + calibration_bytes(imported, *ids.shape)
+    needed = resident_bytes() + calibration_bytes(imported, *ids.shape, crossed=_crosses(recipe))
     if needed > recipe.max_memory:
         raise ResourceError(
             f"calibration takes about {needed / 2**30:.2f} GiB, --max-memory is {recipe.max_memory / 2**30:.2f} GiB",
@@ -178,9 +186,10 @@ def _check_memory(recipe: Recipe, imported: Imported, ids: NDArray[np.int64]) ->
         )
 
 
-def calibration_bytes(imported: Imported, count: int, length: int) -> int:
+def calibration_bytes(imported: Imported, count: int, length: int, *, crossed: bool = False) -> int:
     """Of calibrating on `count` windows of `length`: a float block three times (made, stored, packed) with its
-    activations, the text in front of it and behind it, the moments of what it reads, and the factors of the widest."""
+    activations, the text in front of it and behind it, the moments of what it reads (twice, if crossed), and the
+    factors of the widest."""
     a, description = imported.description.architecture, imported.description
     layer = [claim for claim in description.claims if claim.layer == 0 and claim.quantized]
     widths = {claim.linear.reads: description.shape(claim)[1] for claim in layer}
@@ -188,7 +197,7 @@ def calibration_bytes(imported: Imported, count: int, length: int) -> int:
     tokens = min(count, ROWS_AT_ONCE) * length
     step = tokens * 4 * (6 * a.hidden_size + 6 * a.intermediate_size) + attention_bytes(a, tokens, length)
     text = 2 * 4 * count * length * a.hidden_size
-    moments = 8 * sum(width**2 for width in widths.values())
+    moments = (16 if crossed else 8) * sum(width**2 for width in widths.values())
     return block + step + text + moments + FACTOR_BYTES * max(widths.values()) ** 2
 
 

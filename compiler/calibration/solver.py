@@ -33,9 +33,7 @@ class Solver:
     """Solves a site at a time: linears on one grid as one weight, for a row's codes depend on that row alone.
 
     Codes and branches are fitted to what the engine's linears read: where the graph rounds activations, to the rounded
-    ones (on SmolLM2, w4a4 in groups of 64, rotated, 8,192 tokens of text, that lowers the perplexity from 44.1 to
-    40.8). The weight itself stays the target: the one that would suit rounded inputs best, W C Ŝ⁻¹ (the reduced-rank
-    form of EoRA for rounded activations, `eora_rounded`), follows the noise of so short a text (68.5).
+    ones, and to the weight that suits these (`Moments.suited`), so that both make up for that rounding too.
 
     ranks: of the branch beside each weight, where they are not all the same.
     """
@@ -61,8 +59,9 @@ class Solver:
 
     def _solve(self, weights: Mapping[str, Array], moments: Moments, grid: Grid) -> None:
         read = moments.second.astype(np.float32)
-        rounded = self._rounded(weights, moments, grid)
-        for name, w in weights.items():
+        suited = {name: moments.suited(w) for name, w in weights.items()}
+        rounded = self._rounded(suited if self.recipe.method == "gptq" else weights, moments, grid)
+        for name, w in suited.items():
             codes = self._compensated(name, w, rounded[name], moments, grid)
             self.findings.codes[name] = codes
             self.findings.fits[name] = self._fit(name, w, codes, grid, read)

@@ -57,7 +57,8 @@ class Beside:
     grid: the engine's, without its width. as_stored: the reference is to compute with base and side paths exactly as
     they are stored (zero points moved, rows scaled), not with the base that they were made from. precision: that of
     scales and side paths. own: branches are the engine's own, which make up for rounding; searched: codes were chosen
-    together with them. sparse: the weights of which two of four are zero.
+    together with them. crossed: codes or branches make up for the rounding of activations too. sparse: the weights of
+    which two of four are zero.
     """
 
     sides: Mapping[str, StoredSide] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class Beside:
     precision: Precision = PRECISIONS["fp32"]
     own: bool = False
     searched: bool = False
+    crossed: bool = False
     sparse: Collection[str] = ()
 
 
@@ -151,7 +153,8 @@ class _Adopted:
         together."""
         values, sparse = original.dequantize(), self.name in self.beside.sparse
         own = self.beside.own and self.side is not None and bool(self.side.branches)
-        allowed = MOST if sparse else _allowed(original, wanted)
+        loose = sparse or self.beside.crossed  # what suits rounded inputs may lie further than a step of the grid
+        allowed = MOST if loose else _allowed(original, wanted)
         crowded = _crowded(values) if sparse else 0
         found = []
         if not (own and self.beside.searched):

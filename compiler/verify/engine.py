@@ -258,11 +258,13 @@ class _Verification:
         grid["positive"] = manifest.get("positive_scales", False)
         as_stored = self._as_stored
         bits = {row["name"]: int(row["bits"]) for row in manifest["layers"] if "bits" in row}
-        together = self._compensated and manifest["compensation"]["method"] == "loftq"
+        method = manifest["compensation"]["method"] if self._compensated else "none"
+        crossed = self.scheme.activation_bits < 8 and (manifest["method"] == "gptq" or method == "eora")
         claims = self.reference.description.claims if manifest.get("sparsity") is not None else ()
         sparse = {claim.weight for claim in claims if claim.quantized}
         precision = self.terms.precision
-        beside = Beside(sides, deltas, grid, as_stored, precision, self._compensated, together, sparse)
+        together = method == "loftq"
+        beside = Beside(sides, deltas, grid, as_stored, precision, self._compensated, together, crossed, sparse)
         self.weights = adopt_weights(stored, self.reference, bits, beside)
         if as_stored:
             compute_as_stored(stored, self.reference, sides)

@@ -25,6 +25,7 @@ from rqc.compiler.importer import import_model
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.text import calibration_text, read_tokenizer
 from rqc.compiler.verify.engine import verify_engine
+from rqc.models.eora import eora
 from rqc.models.fake_quant import GraphGrid, quantize_inputs, recording
 from rqc.models.grid import Grid, quantize
 from rqc.models.reference import Reference
@@ -89,16 +90,18 @@ class Watched(calibrating.Solver):
 
     sites: ClassVar[list[Site]] = []
     made: ClassVar[dict[str, Any]] = {}
+    branches: ClassVar[dict[str, Any]] = {}
 
     def __call__(self, site: Site) -> None:
         super().__call__(site)
         self.sites.append(site)
         self.made |= {name: self.findings.found[name]().dequantize() for name in site.weights}
+        self.branches |= {name: delta.dense() for name, delta in self.findings.deltas.items()}
 
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
-    Watched.sites, Watched.made = [], {}
+    Watched.sites, Watched.made, Watched.branches = [], {}, {}
     monkeypatch.setattr(calibrating, "Solver", Watched)
     return Watched
 
@@ -126,6 +129,31 @@ def test_a_compile_fits_codes_to_what_its_engine_reads(
         for name in here:
             reference.set_weight(name, watched.made[name])
         quantize_inputs(reference, dict.fromkeys(here, GraphGrid(grid)))
+
+
+def test_branches_make_up_for_rounded_activations_too(
+    watched: type[Watched], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Of the first linears, in front of which nothing was rounded: moments, and the branch that they ask for."""
+    directory, grid = give_voice(tiny_model("llama16")), TokenGrid(4, True, 0.6)
+    options = {**QUICK, "scheme": "w4a4", "activation_clip": 0.6, "embedding_bits": 32, "head_bits": 32}
+    compile_engine(directory, tmp_path / "e.plan", **options, compensate="eora", compensate_rank=8)
+    ids = calibration_ids(Recipe.from_values(options), import_model(directory), 4 * 48)
+    reference, site = Reference.load(directory), watched.sites[0]
+    first, cross = next(iter(site.weights)), np.zeros((site.moments.width,) * 2)
+    assert ids is not None
+    for row in ids:
+        with recording(reference, [first]) as record:
+            reference.logits(row)
+        z = record.inputs[first]
+        cross += z.T.astype(np.float64) @ grid.round(z)
+    assert site.moments.cross is not None
+    assert np.linalg.norm(site.moments.cross - cross) < 1e-5 * np.linalg.norm(cross)
+    assert np.linalg.norm(site.moments.second - cross) > 1e-2 * np.linalg.norm(cross)
+    for name, weight in site.weights.items():
+        missing = site.moments.suited(weight.read()) - watched.made[name]
+        wanted = eora(missing, site.moments.second, 8).dense()
+        assert np.linalg.norm(watched.branches[name] - wanted) < 1e-3 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("prune", ["magnitude", "wanda"])
@@ -223,6 +251,7 @@ def test_memory_is_told_by_the_text_that_is_there(tiny_model: TinyModel, tmp_pat
     few, many = (Recipe.from_values({**options, "calibration_samples": count}) for count in (25, 10**6))
     assert 0 < calibration_need(few, imported) == calibration_need(many, imported)
     a = imported.description.architecture
+    assert calibration_bytes(imported, 1, 16, crossed=True) > calibration_bytes(imported, 1, 16)
     short, long = (calibration_bytes(imported, 64 // length, length) for length in (16, 64))
     assert long - short == 12 * a.heads * (64 * 64 - 64 * 16)
 

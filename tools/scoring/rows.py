@@ -26,6 +26,7 @@ KINDS = {
     "w2a16": "--scheme w2a16",
     "w4a8-kv8": "--scheme w4a8 --kv-cache int8",
     "w4a8-kv4": "--scheme w4a8 --kv-cache int4",
+    "w4a4-eora": f"--scheme w4a4 --compensate eora {A4}",
     "w3a16-eora": "--scheme w3a16 --compensate eora",
     "w2a16-eora": "--scheme w2a16 --compensate eora",
     "w4a16-2of4": "--scheme w4a16 --sparsity 2:4",
@@ -75,6 +76,7 @@ ROWS = (
     *_rows("w4a16 w4a8 w3a16 w2.5a16", "none all", "gptq rtn", (64,)),
     *_rows("w2a16-eora", "none all", "gptq rtn", (32,)),
     *_rows("w2a16", "none", "gptq rtn", (32,)),
+    *_rows("w4a4-eora", "all", "gptq", (64,)),
     *_rows("w3a16-eora w4a16-2of4 w4a16-2of4-eora", "none", "gptq", (64,)),
     *_rows("w4a8-kv8 w4a8-kv4", "all", "rtn", (64,)),
 )
