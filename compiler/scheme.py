@@ -39,6 +39,12 @@ class Scheme:
         """Whether activations lie on an integer grid: such engines agree with PyTorch in perplexity, not in logits."""
         return self.activation_bits < 16
 
+    @property
+    def coarse_activations(self) -> bool:
+        """Whether activations are rounded so coarsely that what is fitted to a text makes up for that too. At 6 bits it
+        gained nothing (SmolLM2, w6a6 in groups of 64: perplexity 21.10 for 21.09)."""
+        return self.activation_bits <= 4
+
     @staticmethod
     def parse(name: str) -> Scheme:
         """The scheme of that name. Raises SchemeError naming the known ones."""

@@ -171,7 +171,7 @@ def calibration_need(recipe: Recipe, imported: Imported) -> int:
 
 def _crosses(recipe: Recipe) -> bool:
     """Whether codes or branches make up for the rounding of activations too."""
-    return recipe.scheme.activation_bits < 8 and (recipe.method == "gptq" or recipe.compensate == "eora")
+    return recipe.scheme.coarse_activations and (recipe.method == "gptq" or recipe.compensate == "eora")
 
 
 def _check_memory(recipe: Recipe, imported: Imported, ids: NDArray[np.int64]) -> None:

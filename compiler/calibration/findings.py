@@ -69,7 +69,8 @@ def _read(path: Path, bits: int, storage_bits: int, block: int) -> Quantized:
 @dataclass(frozen=True)
 class Fit:
     """How well a weight's codes fit: ‖(W − Ŵ) X‖ / ‖W X‖ over the calibration text, with the branch of that rank beside
-    them, and the same after rounding to nearest."""
+    them, and the same after rounding to nearest. For 4-bit activations W is the weight that
+    suits them."""
 
     error: float
     nearest: float

@@ -33,7 +33,7 @@ class Solver:
     """Solves a site at a time: linears on one grid as one weight, for a row's codes depend on that row alone.
 
     Codes and branches are fitted to what the engine's linears read: where the graph rounds activations, to the rounded
-    ones, and to the weight that suits these (`Moments.suited`), so that both make up for that rounding too.
+    ones, and, where it does so coarsely, to the weight that suits these (`Moments.suited`): both make up for it too.
 
     ranks: of the branch beside each weight, where they are not all the same.
     """

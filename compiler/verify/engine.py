@@ -259,7 +259,7 @@ class _Verification:
         as_stored = self._as_stored
         bits = {row["name"]: int(row["bits"]) for row in manifest["layers"] if "bits" in row}
         method = manifest["compensation"]["method"] if self._compensated else "none"
-        crossed = self.scheme.activation_bits < 8 and (manifest["method"] == "gptq" or method == "eora")
+        crossed = self.scheme.coarse_activations and (manifest["method"] == "gptq" or method == "eora")
         claims = self.reference.description.claims if manifest.get("sparsity") is not None else ()
         sparse = {claim.weight for claim in claims if claim.quantized}
         precision = self.terms.precision
