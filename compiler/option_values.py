@@ -92,7 +92,7 @@ def _check_sites(parsed: Mapping[str, Any]) -> None:
         if parsed.get("rotate") == frozenset() and parsed.get(name, default) != default:
             raise InputError(
                 f"--{name.replace('_', '-')} {parsed[name]} with --rotate none, which has no use for it",
-                hint="leave it out, or --rotate r1,r2,r4",
+                hint="leave it out, or name what is to be rotated: --rotate r1,r2",
             )
 
 

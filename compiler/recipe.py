@@ -271,7 +271,10 @@ class Recipe:
             cls.from_values(values)  # the file's own mistakes, even where a flag would hide them
         except RqcError as error:
             raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
-        return cls.from_values({**{field_of(key): value for key, value in values.items()}, **given})
+        values = {field_of(key): value for key, value in values.items()}
+        if "rotate" in given and not _parse_rotate(given["rotate"]):
+            values = {key: value for key, value in values.items() if key not in ("rotation_seed", "hadamard")}
+        return cls.from_values({**values, **given})
 
 
 def option_names() -> list[str]:

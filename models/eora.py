@@ -9,8 +9,8 @@ no further from ΔW than no branch.
 Departures from the published code: S is a plain sum over tokens (there early samples decay), and both factors share the
 length of U_rᵀ ΔW's rows by its root, so that they don't depend on the scale of x.
 
-Where x is rounded to x̂ at run time, EoRA of `Moments.suited(W)` - Ŵ under E[x̂ x̂ᵀ] is the reduced-rank form that makes
-up for that too: min E‖W x - (Ŵ + B A) x̂‖².
+Where x is rounded to x̂ at run time, EoRA of `Moments.suited(W)` - Ŵ under E[x̂ x̂ᵀ] makes up for that too: undamped it is
+the reduced-rank form min E‖W x - (Ŵ + B A) x̂‖², damped its regression is drawn to W.
 """
 
 from __future__ import annotations

@@ -61,12 +61,14 @@ class Moments:
 
         V = W + W (C − S) (S + λ I)⁻¹, λ the mean of S's diagonal times `dampening` (above 0): W itself where nothing is
         rounded, and in directions that x never took. A part of the asymmetric calibration of GPTAQ (arXiv 2504.02692),
-        which answers for the error of all linears in front too.
+        which answers for the error of all linears in front too. Raises CheckpointError for moments beyond a float.
         """
         weight: Array = np.asarray(w, np.float64)
         strength = dampening * float(np.trace(self.second)) / self.width
         if self.cross is None or not strength:
             return weight
+        if not (np.isfinite(strength) and np.isfinite(self.cross).all()):
+            raise CheckpointError("its second moments are not finite", hint="repair the checkpoint")
         damped = self.second + strength * np.eye(self.width)
         moved = np.linalg.solve(damped, (weight @ (self.cross - self.second)).T).T
         suited: Array = weight + moved

@@ -22,7 +22,8 @@ ROWS_AT_ONCE = 4
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Linears of one block that read the same value: their weights, and the moments of what they read in the engine."""
+    """Linears of one block that read the same value: their weights, and the moments of what they read in the engine, or
+    of anything at all (`Moments.white`)."""
 
     block: str
     weights: Mapping[str, Weight]
@@ -113,9 +114,7 @@ def _sites(
     first = {one.value: one for one in reversed(readers)}
     values = tuple(dict.fromkeys(one.value for one in readers))
     rounds = {value: rounding(first[value].node) for value in values}
-    moments = {
-        value: Moments(first[value].weight.shape[1], crossed=crossed and rounds[value] is not None) for value in values
-    }
+    moments = {value: Moments(first[value].weight.shape[1], crossed=crossed) for value in values}
     session = open_part(model, Part(part.name, part.inputs, values), text[0])
     for known in text:
         results = session.run(list(values), {name: known[name] for name in part.inputs})

@@ -31,6 +31,8 @@ from rqc.runtime.errors import ResourceError, SchemeError
 
 FACTOR_BYTES = 20
 """For each second moment: it and its factors while it is inverted."""
+WEIGHT_BYTES = 48
+"""For each weight while it is solved: itself, its codes, branch and errors, some in float64."""
 
 
 def solves(recipe: Recipe) -> bool:
@@ -101,9 +103,9 @@ def calibrated(
         return None
     if not calibrates(recipe):
         ids = None
-    else:
-        ids = _text(recipe, imported, progress) if ids is None else ids
-        _check_memory(recipe, imported, ids)
+    elif ids is None:
+        ids = _text(recipe, imported, progress)
+    _check_memory(recipe, imported, ids)
     found = _run(recipe, imported, rotation, merge, ids, None, progress)
     if recipe.compensate_budget is not None:
         ranks = budgeted_ranks(recipe, found.spectra, {name: codes().shape for name, codes in found.found.items()})
@@ -164,9 +166,15 @@ def _asked(recipe: Recipe) -> str:
 
 def calibration_need(recipe: Recipe, imported: Imported) -> int:
     """Bytes that `calibrated` will take: the text is read for it, no weight is. Raises InputError as it does."""
-    if not calibrates(recipe):
+    return _needed(recipe, imported, _text(recipe, imported, Silent()) if calibrates(recipe) else None)
+
+
+def _needed(recipe: Recipe, imported: Imported, ids: NDArray[np.int64] | None) -> int:
+    if not solves(recipe):
         return 0
-    return calibration_bytes(imported, *_text(recipe, imported, Silent()).shape, crossed=_crosses(recipe))
+    if ids is None:
+        return weights_bytes(imported)
+    return calibration_bytes(imported, *ids.shape, crossed=_crosses(recipe))
 
 
 def _crosses(recipe: Recipe) -> bool:
@@ -174,16 +182,24 @@ def _crosses(recipe: Recipe) -> bool:
     return recipe.scheme.coarse_activations and (recipe.method == "gptq" or recipe.compensate == "eora")
 
 
-def _check_memory(recipe: Recipe, imported: Imported, ids: NDArray[np.int64]) -> None:
+def _check_memory(recipe: Recipe, imported: Imported, ids: NDArray[np.int64] | None) -> None:
     """Raise ResourceError, before a weight is read, where calibration does not fit under --max-memory."""
     if recipe.max_memory is None:
         return
-    needed = resident_bytes() + calibration_bytes(imported, *ids.shape, crossed=_crosses(recipe))
+    needed = resident_bytes() + _needed(recipe, imported, ids)
     if needed > recipe.max_memory:
+        shorter = "" if ids is None else "lower --calibration-length, "
         raise ResourceError(
             f"calibration takes about {needed / 2**30:.2f} GiB, --max-memory is {recipe.max_memory / 2**30:.2f} GiB",
-            hint=f"raise --max-memory, lower --calibration-length, or leave {_asked(recipe)} out",
+            hint=f"raise --max-memory, {shorter}or leave {_asked(recipe)} out",
         )
+
+
+def weights_bytes(imported: Imported) -> int:
+    """Of finding codes from weights alone: the widest weight some times over, and moments of its inputs."""
+    description = imported.description
+    shapes = [description.shape(claim) for claim in description.claims if claim.quantized]
+    return max(WEIGHT_BYTES * n * k + FACTOR_BYTES * k**2 for n, k in shapes)
 
 
 def calibration_bytes(imported: Imported, count: int, length: int, *, crossed: bool = False) -> int:

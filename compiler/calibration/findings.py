@@ -68,9 +68,11 @@ def _read(path: Path, bits: int, storage_bits: int, block: int) -> Quantized:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a weight's codes fit: ‖(W − Ŵ) X‖ / ‖W X‖ over the calibration text, with the branch of that rank beside
-    them, and the same after rounding to nearest. For 4-bit activations W is the weight that
-    suits them."""
+    """How well a weight's codes fit: ‖(W − Ŵ) X‖ / ‖W X‖ over the calibration text (X = I where none was read), with
+    the branch of that rank beside them; and the same of what was rounded, rounded to nearest.
+
+    Where 4-bit activations are made up for, W is the weight that suits them; GPTQ rounds that, `rtn` the model's own.
+    """
 
     error: float
     nearest: float
@@ -87,7 +89,7 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What was found, by weight name, on so many tokens."""
+    """What was found, by weight name, on so many tokens; none where weights alone decide."""
 
     tokens: int
     codes: CodeStore = field(default_factory=CodeStore)

@@ -60,34 +60,41 @@ class Solver:
     def _solve(self, weights: Mapping[str, Array], moments: Moments, grid: Grid) -> None:
         read = moments.second.astype(np.float32)
         suited = {name: moments.suited(w) for name, w in weights.items()}
-        rounded = self._rounded(suited if self.recipe.method == "gptq" else weights, moments, grid)
+        targets = suited if self.recipe.method == "gptq" else weights
+        rounded = self._rounded(targets, self._kept(weights, moments), moments, grid)
         for name, w in suited.items():
             codes = self._compensated(name, w, rounded[name], moments, grid)
             self.findings.codes[name] = codes
-            self.findings.fits[name] = self._fit(name, w, codes, grid, read)
+            self.findings.fits[name] = self._fit(name, w, codes, quantize(targets[name], grid), read)
 
-    def _rounded(self, weights: Mapping[str, Array], moments: Moments, grid: Grid) -> dict[str, Quantized]:
+    def _kept(self, weights: Mapping[str, Array], moments: Moments) -> NDArray[np.bool_] | None:
+        """What pruning leaves of the weights, stacked; None where nothing is pruned."""
+        if self.recipe.sparsity != "2:4":
+            return None
+        norms = np.sqrt(np.diagonal(moments.second)) if self.recipe.prune == "wanda" else None
+        return two_of_four(np.concatenate(list(weights.values())), norms)
+
+    def _rounded(
+        self, targets: Mapping[str, Array], keep: NDArray[np.bool_] | None, moments: Moments, grid: Grid
+    ) -> dict[str, Quantized]:
         """Codes for the weights: what is pruned is zero, the rest rounded to nearest or by GPTQ."""
-        w = np.concatenate(list(weights.values()))
-        keep = None
-        if self.recipe.sparsity == "2:4":
-            keep = two_of_four(w, np.sqrt(np.diagonal(moments.second)) if self.recipe.prune == "wanda" else None)
+        w = np.concatenate(list(targets.values()))
         if self.recipe.method == "gptq":
             width = w.shape[1]
             order = Order.of(moments.second, width if grid.group_size == -1 else grid.block(width))
             found = gptq(w, order, grid, keep)
         else:
             found = quantize(w if keep is None else np.where(keep, w, 0), grid)
-        rows = np.cumsum([0, *(len(part) for part in weights.values())])
+        rows = np.cumsum([0, *(len(part) for part in targets.values())])
         slices = (slice(first, last) for first, last in pairwise(rows))
-        return {name: found.rows(part) for name, part in zip(weights, slices, strict=True)}
+        return {name: found.rows(part) for name, part in zip(targets, slices, strict=True)}
 
     def _compensated(self, name: str, w: Array, codes: Quantized, moments: Moments, grid: Grid) -> Quantized:
         """The codes, LoftQ's own, with a branch for what rounding has done; or what one of any rank would make up for,
         where ranks are yet to be chosen."""
         if self.recipe.compensate == "none":
             return codes
-        difference, second = self._missing(w, codes, moments)
+        difference, second = w - codes.dequantize().astype(np.float64), moments.second
         if self.recipe.compensate_budget is not None and self.ranks is None:
             energy = float(np.einsum("nk,nk->", w @ second, w))
             self.findings.spectra[name] = spectrum(difference, second) / (np.sqrt(energy) or 1.0)
@@ -105,18 +112,12 @@ class Solver:
         self.findings.add_branch(name, delta, coded=costs_nothing(delta, difference, second))
         return codes
 
-    def _missing(self, w: Array, codes: Quantized, moments: Moments) -> tuple[Array, Array]:
-        """What a branch is to make up for [N, K], and the second moments of what it reads: LoftQ knows none."""
-        dense = codes.dequantize().astype(np.float64)
-        if self.recipe.compensate == "loftq":
-            return w - dense, np.eye(w.shape[1])
-        return w - dense, moments.second
-
-    def _fit(self, name: str, w: Array, codes: Quantized, grid: Grid, read: NDArray[np.float32]) -> Fit:
+    def _fit(self, name: str, w: Array, codes: Quantized, nearest: Quantized, read: NDArray[np.float32]) -> Fit:
         plain = w.astype(np.float32)
         beside = self.findings.deltas.get(name)
         left = plain - codes.dequantize() - (0 if beside is None else beside.dense().astype(np.float32))
         energy = float(error_of(plain, read).sum()) or 1.0
-        errors = (error_of(one, read).sum() / energy for one in (left, plain - quantize(w, grid).dequantize()))
-        error, nearest = (float(np.sqrt(error)) for error in errors)
-        return Fit(error, nearest, 0 if beside is None else beside.rank)
+        error, least = (
+            float(np.sqrt(error_of(one, read).sum() / energy)) for one in (left, plain - nearest.dequantize())
+        )
+        return Fit(error, least, 0 if beside is None else beside.rank)

@@ -33,7 +33,8 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Belonging:
-    """One stored weight: ‖Ŵ − W‖ / ‖W‖, what its storage allows of it, and how many codes are not the nearest.
+    """One stored weight: ‖Ŵ − W‖ / ‖W‖ (or the sine between them), what its storage allows of it, how many codes are
+    not the nearest.
 
     crowded: of a sparse weight, how many groups of four have more than two weights that are not zero.
     """
@@ -153,16 +154,17 @@ class _Adopted:
         together."""
         values, sparse = original.dequantize(), self.name in self.beside.sparse
         own = self.beside.own and self.side is not None and bool(self.side.branches)
-        loose = sparse or self.beside.crossed  # what suits rounded inputs may lie further than a step of the grid
-        allowed = MOST if loose else _allowed(original, wanted)
+        crossed = self.beside.crossed  # what suits clipped inputs is longer than the weight
+        allowed = MOST if sparse or crossed else _allowed(original, wanted)
+        distance = sine if crossed else relative
         crowded = _crowded(values) if sparse else 0
         found = []
         if not (own and self.beside.searched):
             misplaced = misplaced_codes(original, wanted, self.beside.precision, pruned=sparse) + self.astray
-            found.append(Belonging(self.name, relative(values, wanted), allowed, misplaced, crowded))
+            found.append(Belonging(self.name, distance(values, wanted), allowed, misplaced, crowded))
         if own and self.side is not None:
             whole = values + self.side.branch(wanted.shape)
-            found.append(Belonging(f"{self.name} with its branch", relative(whole, wanted), allowed))
+            found.append(Belonging(f"{self.name} with its branch", distance(whole, wanted), allowed))
         return found
 
     def _factors(self) -> F64:
@@ -233,6 +235,15 @@ def relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
     """‖found − wanted‖ / ‖wanted‖; where nothing is wanted, whether something is there."""
     norm = float(np.linalg.norm(wanted))
     return float(np.linalg.norm(found - wanted)) / norm if norm else float(np.linalg.norm(found) > 0)
+
+
+def sine(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """Of the angle between two weights: their distance whatever their lengths; above 1 where they are opposed."""
+    lengths = float(np.linalg.norm(found)) * float(np.linalg.norm(wanted))
+    if not lengths:
+        return relative(found, wanted)
+    cosine = float(np.einsum("nk,nk->", found, wanted, dtype=np.float64)) / lengths
+    return float(np.sqrt(max(0.0, 1 - cosine * abs(cosine))))
 
 
 def _allowed(quantized: Quantized, wanted: F32) -> float:

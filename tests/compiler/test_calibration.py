@@ -125,6 +125,7 @@ def test_a_compile_fits_codes_to_what_its_engine_reads(
             rounded = grid.round(record.inputs[first]).astype(np.float64)
             wanted += rounded.T @ rounded
         assert np.linalg.norm(site.moments.second - wanted) < 2e-3 * np.linalg.norm(wanted)
+        assert site.moments.cross is not None  # codes make up for the rounding too
         here = [name for name in watched.made if f"layers.{layer}." in name]
         for name in here:
             reference.set_weight(name, watched.made[name])
@@ -189,6 +190,7 @@ def test_what_weights_alone_decide_needs_no_text(
     )
     assert made.sha256 == named.sha256
     assert any("the text is not looked at" in line for line in lines.lines)
+    assert any("on the weights alone, error" in line for line in lines.lines)
     ids = np.random.default_rng(1).integers(3, 96, 200).tolist()
     report = verify_engine(tmp_path / "e.plan", directory, token_ids=ids, tokens=200, window=100, threads=1)
     assert report.passed, report.gates
@@ -251,7 +253,11 @@ def test_memory_is_told_by_the_text_that_is_there(tiny_model: TinyModel, tmp_pat
     few, many = (Recipe.from_values({**options, "calibration_samples": count}) for count in (25, 10**6))
     assert 0 < calibration_need(few, imported) == calibration_need(many, imported)
     a = imported.description.architecture
-    assert calibration_bytes(imported, 1, 16, crossed=True) > calibration_bytes(imported, 1, 16)
+    fine, coarse, by_weights = (
+        calibration_need(Recipe.from_values({**options, **more}), imported)
+        for more in ({"scheme": "w6a6"}, {"scheme": "w4a4"}, {"method": "rtn", "compensate": "loftq"})
+    )
+    assert coarse > fine > by_weights > 0
     short, long = (calibration_bytes(imported, 64 // length, length) for length in (16, 64))
     assert long - short == 12 * a.heads * (64 * 64 - 64 * 16)
 
@@ -337,6 +343,9 @@ def test_what_cannot_be_calibrated_is_refused(tiny_model: TinyModel, tmp_path: P
     voiced = give_voice(tiny_model("llama16"))
     with pytest.raises(ResourceError, match="calibration takes about"):
         compile_engine(voiced, target, **QUICK, max_memory="64MiB")
+    with pytest.raises(ResourceError, match=r"calibration takes about.*") as caught:
+        compile_engine(voiced, target, compensate="loftq", rotate="none", max_memory="64MiB")
+    assert "--compensate loftq" in caught.value.hint
     short, long = (calibration_bytes(import_model(voiced), 4, length) for length in (48, 96))
     assert short < long
     assert not list(tmp_path.iterdir())

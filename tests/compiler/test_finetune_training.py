@@ -31,6 +31,7 @@ from rqc.models.merges import AddDelta
 from rqc.models.quantized import LazyQuantized
 from rqc.models.torch_model import load_torch_model
 from rqc.models.weights import Weight
+from rqc.runtime.errors import InputError
 
 QUICK: dict[str, Any] = {"rank": 4, "max_steps": 4, "batch_size": 4, "seq_len": 64, "lr": 1e-2, "eval_split": 5}
 
@@ -260,3 +261,8 @@ def test_the_command_line(model: Path, data: Path, tmp_path: Path, capfd: pytest
     assert main(["finetune", *arguments[:-2], "--target-modules", "q_porj", "--json"]) == 2
     out, err = capfd.readouterr()
     assert json.loads(out)["error"]["type"] == "InputError"
+
+
+def test_the_kind_of_no_rotation_is_refused() -> None:
+    with pytest.raises(InputError, match="--hadamard block with --rotate none"):
+        Settings.from_values({"rotate": "none", "hadamard": "block"})

@@ -66,9 +66,10 @@ def test_the_suited_weight_is_the_least_of_its_objective() -> None:
         return float(np.linalg.norm(x @ w.T - there @ v.T) ** 2 + strength * np.linalg.norm(v - w) ** 2)
 
     assert objective(found) < objective(w)
-    generator = np.random.default_rng(6)
+    for step in (0.5, 0.9, 1.1, 2):
+        assert objective(found) < objective(w + step * (found - w))
     for size in (1e-3, 1e-2):
-        assert objective(found) <= objective(found + size * generator.standard_normal(w.shape))
+        assert objective(found) <= objective(found + size * np.random.default_rng(6).standard_normal(w.shape))
 
 
 def test_on_another_text_it_is_nearer_than_the_weight_and_than_one_that_is_not_drawn_to_it() -> None:
@@ -77,6 +78,14 @@ def test_on_another_text_it_is_nearer_than_the_weight_and_than_one_that_is_not_d
     there, moments = GRID.round(other), crossed(x)
     left = [np.linalg.norm(other @ w.T - there @ v.T) for v in (moments.suited(w, 0.01), w, moments.suited(w, 1e-8))]
     assert left[0] < 0.95 * min(left[1:])
+
+
+def test_sums_beyond_a_float_are_refused() -> None:
+    moments = Moments(4, crossed=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        moments.add(np.full((2, 4), 1e30, np.float32), np.full((2, 4), 2e30, np.float32))
+    with pytest.raises(CheckpointError, match="not finite"):
+        moments.suited(np.eye(4))
 
 
 def test_without_rounding_it_is_the_weight() -> None:

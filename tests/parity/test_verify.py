@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import safetensors.numpy
-from tiny import MODELS, TinyModel
+from tiny import MODELS, TinyModel, give_voice
 
 from rqc.compiler import manifest as manifests
 from rqc.compiler.pipeline import compile_model
@@ -188,6 +188,25 @@ def test_weights_that_changed_unseen_fail(scheme: str, tiny_model: TinyModel, tm
     assert not gate(report, "weights")
     assert not report.passed
     assert "up_proj" in max(report.weights, key=lambda found: found.strain).name
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a4"])
+def test_fitted_weights_that_changed_unseen_fail(scheme: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Behind 4-bit activations a weight may be longer than the model's; elsewhere, and in another direction, not."""
+    directory = give_voice(tiny_model("llama16", initializer_range=0.1))
+    fitted = {"method": "gptq", "calibration_samples": 4, "calibration_length": 48}
+    engine = compiled(directory, tmp_path, scheme, "r1,r4", **fitted)
+
+    def longer(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][1:] *= 0.5  # the first row tells models apart
+
+    def other(tensors: dict[str, np.ndarray]) -> None:
+        weight = tensors["model.layers.1.mlp.up_proj.weight"]
+        weight[1:] = 0.1 * np.random.default_rng(0).standard_normal(weight[1:].shape)
+
+    for change, passes in ((longer, scheme == "w4a4"), (other, False)):
+        (folder := tmp_path / change.__name__).mkdir()
+        assert gate(verified(engine, other_model(directory, folder, change)), "weights") == passes
 
 
 def test_a_basis_that_is_not_the_recorded_one_is_refused(
