@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.adapters.merge import Merge
+from rqc.compiler.adapters.merge import FOLD, Merge
 from rqc.compiler.calibration.blockwise import ROWS_AT_ONCE, Round, calibrate, solve_by_weights
 from rqc.compiler.calibration.calibration_text import required_ids, tell_shortened
 from rqc.compiler.calibration.compensation import budgeted_ranks
@@ -63,25 +63,40 @@ def tell_unread(recipe: Recipe, progress: Progress) -> None:
 def with_method(recipe: Recipe, merge: Merge | None, progress: Progress) -> Recipe:
     """The recipe with a method that fits: rounding to nearest for `auto` where there is no choice, which is said.
 
-    Raises SchemeError where another is asked for and nothing is rounded, or an adapter was trained on given codes.
+    Raises SchemeError where another is asked for and nothing is rounded, an adapter was trained on given codes, or one
+    beside them has magnitudes.
     """
-    bases = [] if merge is None else [(part.adapter.directory, part.adapter.basis) for part in merge.parts]
-    trained = [directory for directory, basis in bases if basis is not None and basis.grid is not None]
-    fixed = trained or not recipe.scheme.quantized or recipe.scheme.small_floats or recipe.compensate == "loftq"
-    if recipe.method == "auto" and fixed:
+    obstacle = _obstacle(recipe, merge)
+    if recipe.method == "auto" and (obstacle or recipe.scheme.small_floats or recipe.compensate == "loftq"):
         progress.line("method auto: rtn, there is no other here")
         return replace(recipe, method="rtn")
-    if recipe.method != "rtn" and not recipe.scheme.quantized:
-        raise SchemeError(
-            f"--method {recipe.method} with --scheme {recipe.scheme}, which rounds no weights",
-            hint="leave --method out, or take --scheme w4a16",
-        )
-    if recipe.method != "rtn" and trained:
-        raise SchemeError(
-            f"--method {recipe.method} gives the base other codes than those that {trained[0]} was trained on",
-            hint="--method rtn, by which it was trained",
-        )
+    if recipe.method != "rtn" and obstacle is not None:
+        why, hint = obstacle
+        raise SchemeError(f"--method {recipe.method} {why}", hint=hint)
     return recipe
+
+
+def _obstacle(recipe: Recipe, merge: Merge | None) -> tuple[str, str] | None:
+    """Why codes must be those of rounding to nearest, and the way out; None where they need not."""
+    if not recipe.scheme.quantized:
+        return (
+            f"with --scheme {recipe.scheme}, which rounds no weights",
+            "leave --method out, or take --scheme w4a16",
+        )
+    for part in () if merge is None else merge.parts:
+        directory, basis = part.adapter.directory, part.adapter.basis
+        if basis is not None and basis.grid is not None:
+            return (
+                f"gives the base other codes than those that {directory} was trained on",
+                "--method rtn, by which it was trained",
+            )
+        if merge is not None and merge.how != FOLD and any(one.magnitude is not None for one in part.deltas.values()):
+            return (
+                f"with --merge {merge.how}: {directory} is a DoRA, which divides by the norms of the codes, and verify "
+                "finds these again where they are rounded to nearest alone",
+                "--method rtn, or --merge fold",
+            )
+    return None
 
 
 def calibrated(

@@ -351,6 +351,17 @@ def test_what_cannot_be_calibrated_is_refused(tiny_model: TinyModel, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_norms_of_fitted_codes_are_not_found_again(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory = give_voice(tiny_model("llama16"))
+    options = {**QUICK, "scheme": "w4a16", "adapter": save_peft(directory, tmp_path / "dora", use_dora=True)}
+    with pytest.raises(SchemeError, match=r"--method gptq with --merge branch: .*dora is a DoRA"):
+        compile_engine(directory, tmp_path / "e.plan", **options, merge="branch")
+    lines = Lines()
+    compile_engine(directory, tmp_path / "e.plan", **{**options, "method": "auto"}, merge="branch", progress=lines)
+    assert "method auto: rtn, there is no other here" in lines.lines
+    compile_engine(directory, tmp_path / "e.plan", **options, merge="fold", min_survival=-9)
+
+
 def test_a_folded_adapter_is_rounded_with_its_weight(tiny_model: TinyModel, tmp_path: Path) -> None:
     directory = give_voice(tiny_model("llama16", initializer_range=0.1))
     adapter = save_peft(directory, tmp_path / "adapter", r=4)
