@@ -19,13 +19,13 @@ from rqc.compiler.calibration.calibrated import (
     calibration_need,
     reads_text,
     tell_unread,
-    with_method,
 )
 from rqc.compiler.calibration.clips import searched_clips
 from rqc.compiler.calibration.compensation import check_beside, expected, said_of
 from rqc.compiler.calibration.findings import Findings
 from rqc.compiler.calibration.frames import Choice, choose
 from rqc.compiler.calibration.layer_widths import measured_widths, with_widths
+from rqc.compiler.calibration.methods import with_method
 from rqc.compiler.calibration.ranges import ranges_on_text, unmeasured
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Instruments, PassRecord, Progress, Silent

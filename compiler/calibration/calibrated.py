@@ -4,35 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.adapters.merge import FOLD, Merge
-from rqc.compiler.calibration.blockwise import ROWS_AT_ONCE, Round, calibrate, solve_by_weights
+from rqc.compiler.adapters.merge import Merge
+from rqc.compiler.calibration.blockwise import Round, calibrate, solve_by_weights
 from rqc.compiler.calibration.calibration_text import required_ids, tell_shortened
 from rqc.compiler.calibration.compensation import budgeted_ranks
 from rqc.compiler.calibration.findings import Findings
+from rqc.compiler.calibration.memory import calibration_bytes, weights_bytes
 from rqc.compiler.calibration.solver import Solver
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress, Silent
 from rqc.compiler.passlist import frame, grids
 from rqc.compiler.recipe import Recipe
-from rqc.compiler.sizes import attention_bytes, resident_bytes
+from rqc.compiler.sizes import resident_bytes
 from rqc.compiler.targets import onnx, tensorrt
 from rqc.compiler.targets.grids import token_grid
 from rqc.models.description import Description
 from rqc.models.rotation import Rotation
 from rqc.passes.base import CLIP, Pass
 from rqc.passes.quantize import QuantizeLinears
-from rqc.runtime.errors import ResourceError, SchemeError
-
-FACTOR_BYTES = 20
-"""For each second moment: it and its factors while it is inverted."""
-WEIGHT_BYTES = 48
-"""For each weight while it is solved: itself, its codes, branch and errors, some in float64."""
+from rqc.runtime.errors import ResourceError
 
 
 def solves(recipe: Recipe) -> bool:
@@ -58,45 +53,6 @@ def tell_unread(recipe: Recipe, progress: Progress) -> None:
     """Say it where options of the text were given, and nobody looks at it."""
     if any(name.startswith("calibration") for name in recipe.given) and not reads_text(recipe):
         progress.line("calibration: nothing is measured here, the text is not looked at")
-
-
-def with_method(recipe: Recipe, merge: Merge | None, progress: Progress) -> Recipe:
-    """The recipe with a method that fits: rounding to nearest for `auto` where there is no choice, which is said.
-
-    Raises SchemeError where another is asked for and nothing is rounded, an adapter was trained on given codes, or one
-    beside them has magnitudes.
-    """
-    obstacle = _obstacle(recipe, merge)
-    if recipe.method == "auto" and (obstacle or recipe.scheme.small_floats or recipe.compensate == "loftq"):
-        progress.line("method auto: rtn, there is no other here")
-        return replace(recipe, method="rtn")
-    if recipe.method != "rtn" and obstacle is not None:
-        why, hint = obstacle
-        raise SchemeError(f"--method {recipe.method} {why}", hint=hint)
-    return recipe
-
-
-def _obstacle(recipe: Recipe, merge: Merge | None) -> tuple[str, str] | None:
-    """Why codes must be those of rounding to nearest, and the way out; None where they need not."""
-    if not recipe.scheme.quantized:
-        return (
-            f"with --scheme {recipe.scheme}, which rounds no weights",
-            "leave --method out, or take --scheme w4a16",
-        )
-    for part in () if merge is None else merge.parts:
-        directory, basis = part.adapter.directory, part.adapter.basis
-        if basis is not None and basis.grid is not None:
-            return (
-                f"gives the base other codes than those that {directory} was trained on",
-                "--method rtn, by which it was trained",
-            )
-        if merge is not None and merge.how != FOLD and any(one.magnitude is not None for one in part.deltas.values()):
-            return (
-                f"with --merge {merge.how}: {directory} is a DoRA, which divides by the norms of the codes, and verify "
-                "finds these again where they are rounded to nearest alone",
-                "--method rtn, or --merge fold",
-            )
-    return None
 
 
 def calibrated(
@@ -208,28 +164,6 @@ def _check_memory(recipe: Recipe, imported: Imported, ids: NDArray[np.int64] | N
             f"calibration takes about {needed / 2**30:.2f} GiB, --max-memory is {recipe.max_memory / 2**30:.2f} GiB",
             hint=f"raise --max-memory, {shorter}or leave {_asked(recipe)} out",
         )
-
-
-def weights_bytes(imported: Imported) -> int:
-    """Of finding codes from weights alone: the widest weight some times over, and moments of its inputs."""
-    description = imported.description
-    shapes = [description.shape(claim) for claim in description.claims if claim.quantized]
-    return max(WEIGHT_BYTES * n * k + FACTOR_BYTES * k**2 for n, k in shapes)
-
-
-def calibration_bytes(imported: Imported, count: int, length: int, *, crossed: bool = False) -> int:
-    """Of calibrating on `count` windows of `length`: a float block three times (made, stored, packed) with its
-    activations, the text in front of it and behind it, the moments of what it reads (twice, if crossed), and the
-    factors of the widest."""
-    a, description = imported.description.architecture, imported.description
-    layer = [claim for claim in description.claims if claim.layer == 0 and claim.quantized]
-    widths = {claim.linear.reads: description.shape(claim)[1] for claim in layer}
-    block = 3 * 4 * sum(prod(description.shape(claim)) for claim in layer)
-    tokens = min(count, ROWS_AT_ONCE) * length
-    step = tokens * 4 * (6 * a.hidden_size + 6 * a.intermediate_size) + attention_bytes(a, tokens, length)
-    text = 2 * 4 * count * length * a.hidden_size
-    moments = (16 if crossed else 8) * sum(width**2 for width in widths.values())
-    return block + step + text + moments + FACTOR_BYTES * max(widths.values()) ** 2
 
 
 def _deployed(recipe: Recipe, description: Description, result: Findings) -> list[Pass]:

@@ -17,9 +17,10 @@ import onnx_ir as ir
 from rqc.compiler.adapters.merge import FOLD
 from rqc.compiler.adapters.reading import open_adapter
 from rqc.compiler.adapters.survival import check_survival, fold_survival
-from rqc.compiler.calibration.calibrated import calibrated, tell_unread, with_method
+from rqc.compiler.calibration.calibrated import calibrated, tell_unread
 from rqc.compiler.calibration.device import on_device
 from rqc.compiler.calibration.frames import choose
+from rqc.compiler.calibration.methods import with_method
 from rqc.compiler.export.checkpoint import ExportReport, GptqCheckpoint
 from rqc.compiler.export.layout import ScaleRounding, Tensor, half, linear_tensors, misfit
 from rqc.compiler.importer import Imported, import_model

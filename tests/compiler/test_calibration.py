@@ -18,9 +18,10 @@ from rqc.compiler.api import compile_engine
 from rqc.compiler.calibration import calibrated as calibrating
 from rqc.compiler.calibration import frames
 from rqc.compiler.calibration.blockwise import Site, calibrate
-from rqc.compiler.calibration.calibrated import calibrated, calibration_bytes, calibration_need
+from rqc.compiler.calibration.calibrated import calibrated, calibration_need
 from rqc.compiler.calibration.calibration_text import calibration_ids, divided
 from rqc.compiler.calibration.findings import CodeStore
+from rqc.compiler.calibration.memory import calibration_bytes
 from rqc.compiler.importer import import_model
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.text import calibration_text, read_tokenizer
