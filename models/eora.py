@@ -37,7 +37,7 @@ def eora(difference: Array, second_moment: Array, rank: int) -> Delta:
     CheckpointError if something is not finite.
     """
     if not second_moment.any():
-        second_moment = np.eye(len(second_moment))  # an expert that no token went to: plain truncation
+        second_moment = np.eye(len(second_moment))  # nothing but zeros was read: plain truncation
     if not 1 <= rank <= min(difference.shape):
         raise SchemeError(
             f"rank {rank} for a weight {list(difference.shape)}", hint=f"use 1 to {min(difference.shape)}"

@@ -26,7 +26,7 @@ from rqc.models.moments import error_of
 from rqc.models.packing import Quantized
 from rqc.runtime.errors import CheckpointError
 
-__all__ = ["Order", "gptq"]
+__all__ = ["Order", "better_rows", "gptq"]
 
 COLUMNS = 32
 """Columns whose errors are gathered before they reach the rest of the matrix."""
@@ -125,10 +125,10 @@ def gptq(w: NDArray[Any], order: Order, grid: Grid, keep: NDArray[np.bool_] | No
     nearest = quantize(plain if keep is None else np.where(keep, plain, 0), grid)
     found = _Solver(nearest, grid, order, keep).solve(plain)
     before, after = (error_of(plain - one.dequantize(), order.moments) for one in (nearest, found))
-    return _better_rows(nearest, found, before <= after)
+    return better_rows(nearest, found, before <= after)
 
 
-def _better_rows(first: Quantized, second: Quantized, choose_first: NDArray[np.bool_]) -> Quantized:
+def better_rows(first: Quantized, second: Quantized, choose_first: NDArray[np.bool_]) -> Quantized:
     """Row by row one of two roundings on the same grid."""
     pick = choose_first[:, None]
     zeros = None

@@ -74,6 +74,15 @@ class Moments:
         suited: Array = weight + moved
         return suited
 
+    def gain(self, w: NDArray[Any], one: NDArray[Any], other: NDArray[Any]) -> Array:
+        """How much less of W z V x misses for V = `one` than for `other`, Σ‖W z − V x‖² of every row [N]; all of them
+        [N, K]. Worked out from what the two differ by: what no V can change is many times as large."""
+        first, second = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        cross = self.second if self.cross is None else self.cross
+        both = (first + second) @ self.second - 2 * (np.asarray(w, np.float64) @ cross)
+        found: Array = np.einsum("nk,nk->n", second - first, both)
+        return found
+
 
 def error_of(difference: NDArray[Any], moments: NDArray[Any]) -> Array:
     """Σ ((W − Ŵ) x)² of every row [N] of a difference [N, K], over the tokens of second moments [K, K]; float64."""

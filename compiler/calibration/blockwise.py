@@ -38,6 +38,7 @@ Round = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 def calibrate(
     model: ir.Model,
+    names: Collection[str],
     ids: NDArray[np.int64],
     solve: Solve,
     deployed: Callable[[Collection[str]], Sequence[Pass]],
@@ -48,11 +49,11 @@ def calibrate(
 ) -> None:
     """Call `solve` for every site of every decoder block of a float graph, in order, on token ids [windows, length].
 
-    deployed: the passes that make of a block with these weights what the engine will compute, once they are solved.
-    rounding: how what a linear reads is rounded, if it is. told: blocks done, of how many. crossed: moments also with
-    what was there before it was rounded.
+    names: the weights that are to be solved (a mixture's routers stay in floats). deployed: the passes that make of a
+    block with these weights what the engine will compute, once they are solved. rounding: how what a linear reads is
+    rounded, if it is. told: blocks done, of how many. crossed: moments also with what was there before it was rounded.
     """
-    readers = [_Reader(name, weight, node) for name, weight, node in _quantizable(model)]
+    readers = _readers(model, names)
     plain, seen = partition(model), partition(model, {reader.value for reader in readers})
     text = [inputs_of(model, ids[start : start + ROWS_AT_ONCE]) for start in range(0, len(ids), ROWS_AT_ONCE)]
     blocks = len(plain) - 2
@@ -67,9 +68,9 @@ def calibrate(
         told(index, blocks)
 
 
-def solve_by_weights(model: ir.Model, solve: Solve, told: Callable[[int, int], None]) -> None:
+def solve_by_weights(model: ir.Model, names: Collection[str], solve: Solve, told: Callable[[int, int], None]) -> None:
     """`calibrate` without a text: as if all that a linear may read were equally likely. Nothing runs."""
-    readers = [_Reader(name, weight, node) for name, weight, node in _quantizable(model)]
+    readers = _readers(model, names)
     parts = partition(model, {reader.value for reader in readers})[:-1]
     for index, part in enumerate(parts):
         for one in (one for one in readers if one.value in part.outputs):
@@ -91,12 +92,10 @@ class _Reader:
         return "" if source is None else source.name or ""
 
 
-def _quantizable(model: ir.Model) -> Iterator[tuple[str, Weight, ir.Node]]:
-    """(name, weight, node) of the linears that stand in the graph with a weight."""
-    for name, node in linears(model):
-        weight = weight_of(model.graph.initializers.get(name))
-        if weight is not None:
-            yield name, weight, node
+def _readers(model: ir.Model, names: Collection[str]) -> list[_Reader]:
+    """The linears of these names that stand in the graph with a weight."""
+    found = ((name, weight_of(model.graph.initializers.get(name)), node) for name, node in linears(model))
+    return [_Reader(name, weight, node) for name, weight, node in found if name in names and weight is not None]
 
 
 def _sites(

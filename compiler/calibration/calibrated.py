@@ -106,11 +106,13 @@ def _run(
     found = Findings(0 if ids is None else int(ids.size))
     rounds = next(one for one in grids(recipe, fresh.description) if isinstance(one, QuantizeLinears))
     solver = Solver(recipe, rounds, found, ranks)
+    names = {claim.weight for claim in fresh.description.claims if claim.quantized}
     if ids is None:
-        solve_by_weights(fresh.model, solver, lambda done, total: progress.advance("calibration", done, total))
+        solve_by_weights(fresh.model, names, solver, lambda done, total: progress.advance("calibration", done, total))
         return found
     calibrate(
         fresh.model,
+        names,
         ids,
         solver,
         lambda names: _deployed(recipe, fresh.description, found.of(names)),
@@ -137,10 +139,11 @@ def _asked(recipe: Recipe) -> str:
 
 def calibration_need(recipe: Recipe, imported: Imported) -> int:
     """Bytes that `calibrated` will take: the text is read for it, no weight is. Raises InputError as it does."""
-    return _needed(recipe, imported, _text(recipe, imported, Silent()) if calibrates(recipe) else None)
+    return needed_bytes(recipe, imported, _text(recipe, imported, Silent()) if calibrates(recipe) else None)
 
 
-def _needed(recipe: Recipe, imported: Imported, ids: NDArray[np.int64] | None) -> int:
+def needed_bytes(recipe: Recipe, imported: Imported, ids: NDArray[np.int64] | None) -> int:
+    """Bytes that `calibrated` takes on these windows; None: of a recipe that reads none."""
     if not solves(recipe):
         return 0
     if ids is None:
@@ -157,7 +160,7 @@ def _check_memory(recipe: Recipe, imported: Imported, ids: NDArray[np.int64] | N
     """Raise ResourceError, before a weight is read, where calibration does not fit under --max-memory."""
     if recipe.max_memory is None:
         return
-    needed = resident_bytes() + _needed(recipe, imported, ids)
+    needed = resident_bytes() + needed_bytes(recipe, imported, ids)
     if needed > recipe.max_memory:
         shorter = "" if ids is None else "lower --calibration-length, "
         raise ResourceError(

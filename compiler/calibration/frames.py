@@ -3,6 +3,7 @@ arithmetic, and take the best."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +12,11 @@ from numpy.typing import NDArray
 
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.calibration.blocks import perplexity
-from rqc.compiler.calibration.calibrated import calibrated, calibrates
+from rqc.compiler.calibration.calibrated import calibrated, calibrates, needed_bytes
 from rqc.compiler.calibration.calibration_text import calibration_ids, divided
-from rqc.compiler.calibration.clips import searched_clips
-from rqc.compiler.calibration.ranges import ranges_on_text
+from rqc.compiler.calibration.clips import TOKENS as CLIP_TOKENS
+from rqc.compiler.calibration.clips import search_bytes, searched_clips
+from rqc.compiler.calibration.ranges import range_bytes, ranges_on_text
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress, Silent
 from rqc.compiler.passlist import frame, grids
@@ -60,7 +62,7 @@ def choose(
         return _choice(recipe, rotations[0], "rtn", None)
     methods = ("rtn", "gptq") if recipe.method == "auto" else (recipe.method,)
     fitted, ids = _texts(recipe, imported, fits="gptq" in methods or calibrates(recipe)) if measure else (None, None)
-    obstacle = _obstacle(recipe, imported, measure, ids)
+    obstacle = _obstacle([replace(recipe, method=method) for method in methods], imported, measure, fitted, ids)
     if ids is None or obstacle:
         coarse = recipe.scheme.activation_bits <= COARSE_ACTIVATIONS
         chosen = rotations[-1] if coarse else rotations[0]
@@ -151,17 +153,36 @@ def _score(
     return float(f"{perplexity(fresh.model, ids):.4g}")
 
 
-def _obstacle(recipe: Recipe, imported: Imported, measure: bool, ids: NDArray[np.int64] | None) -> str:
-    """Why nothing can be measured, or nothing."""
+def _obstacle(
+    recipes: Sequence[Recipe],
+    imported: Imported,
+    measure: bool,
+    fitted: NDArray[np.int64] | None,
+    ids: NDArray[np.int64] | None,
+) -> str:
+    """Why these cannot all be measured, or nothing."""
     if not measure:
         return "a dry run reads no weights"
     if ids is None:
         return "the model has no tokenizer.json"
     if ids.shape[1] < 2:
         return "the text is too short: a token is predicted from another"
-    if recipe.max_memory is None:
+    limit = recipes[0].max_memory
+    if limit is None:
         return ""
-    needed = resident_bytes() + block_bytes(imported, recipe, ids.size, ids.shape[1])
-    if needed <= recipe.max_memory:
+    needed = resident_bytes() + max(_needed(recipe, imported, fitted, ids) for recipe in recipes)
+    if needed <= limit:
         return ""
-    return f"measuring takes about {needed / 2**30:.1f} GiB and --max-memory is {recipe.max_memory / 2**30:.1f} GiB"
+    return f"measuring takes about {needed / 2**30:.1f} GiB and --max-memory is {limit / 2**30:.1f} GiB"
+
+
+def _needed(recipe: Recipe, imported: Imported, fitted: NDArray[np.int64] | None, ids: NDArray[np.int64]) -> int:
+    """Bytes that `_score` takes: of its steps, the largest."""
+    length = min(recipe.calibration_length, imported.description.architecture.context_length)
+    short = min(length, CLIP_TOKENS)
+    steps = [needed_bytes(recipe, imported, fitted), block_bytes(imported, recipe, ids.size, ids.shape[1])]
+    if recipe.activation_clip == "auto":
+        steps.append(search_bytes(imported, CLIP_TOKENS // short, short))
+    if recipe.target != "onnx" and tensorrt.has_static_activations(recipe):
+        steps.append(range_bytes(recipe, imported, recipe.calibration_samples, length))
+    return max(steps)

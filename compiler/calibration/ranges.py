@@ -60,14 +60,19 @@ def _static(recipe: Recipe) -> tuple[str, tuple[str, str]]:
 
 def _check_memory(recipe: Recipe, imported: Imported, count: int, length: int) -> None:
     """Raise ResourceError, before a weight is read, where measuring does not fit under --max-memory."""
-    text = 2 * 4 * count * length * imported.description.architecture.hidden_size
-    needed = resident_bytes() + block_bytes(imported, recipe, min(count, ROWS_AT_ONCE) * length, length) + text
+    needed = resident_bytes() + range_bytes(recipe, imported, count, length)
     if recipe.max_memory is not None and needed > recipe.max_memory:
         raise ResourceError(
             f"measuring the ranges of activations takes about {needed / 2**30:.2f} GiB, "
             f"--max-memory is {recipe.max_memory / 2**30:.2f} GiB",
             hint=f"raise --max-memory, lower --calibration-length, or take {_static(recipe)[1][1]}: it needs no text",
         )
+
+
+def range_bytes(recipe: Recipe, imported: Imported, count: int, length: int) -> int:
+    """Of measuring on `count` windows of `length`: some of them in a block, all in front of it and behind it."""
+    text = 2 * 4 * count * length * imported.description.architecture.hidden_size
+    return text + block_bytes(imported, recipe, min(count, ROWS_AT_ONCE) * length, length)
 
 
 def unmeasured(model: ir.Model, names: Sequence[str], kind: Statistic = "largest") -> dict[str, F32]:

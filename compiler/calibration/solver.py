@@ -3,9 +3,10 @@ rest of the error."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from rqc.compiler.calibration.blockwise import Site
 from rqc.compiler.calibration.compensation import rank_of
 from rqc.compiler.calibration.findings import Findings, Fit
+from rqc.compiler.calibration.memory import STACKED
 from rqc.compiler.recipe import Recipe
 from rqc.models.eora import eora, spectrum
 from rqc.models.factors import costs_nothing
-from rqc.models.gptq import Order, gptq
+from rqc.models.gptq import Order, better_rows, gptq
 from rqc.models.grid import Grid, quantize
 from rqc.models.loftq import loftq
 from rqc.models.moments import Moments, error_of
@@ -45,49 +47,47 @@ class Solver:
 
     def __call__(self, site: Site) -> None:
         by_grid: dict[Grid, list[str]] = {}
-        claims = self.quantize.description.by_weight
-        for name in (name for name in site.weights if claims[name].quantized):  # a router stays in floats
+        for name in site.weights:
             grid = self.quantize.grid_of(name)
             assert isinstance(grid, Grid)  # small floats are rounded to nearest, never fitted
             by_grid.setdefault(grid, []).append(name)
         for grid, names in by_grid.items():
-            weights = {name: site.weights[name].read() for name in names}
-            try:
-                self._solve(weights, site.moments, grid)
-            except CheckpointError as error:
-                raise CheckpointError(f"{names[0]}: {error.message}", hint=error.hint) from error
+            for together in _stacks(names, site):
+                try:
+                    self._solve({name: site.weights[name].read() for name in together}, site.moments, grid)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{together[0]}: {error.message}", hint=error.hint) from error
 
     def _solve(self, weights: Mapping[str, Array], moments: Moments, grid: Grid) -> None:
-        read = moments.second.astype(np.float32)
-        suited = {name: moments.suited(w) for name, w in weights.items()}
-        targets = suited if self.recipe.method == "gptq" else weights
-        rounded = self._rounded(targets, self._kept(weights, moments), moments, grid)
-        for name, w in suited.items():
-            codes = self._compensated(name, w, rounded[name], moments, grid)
+        w = np.concatenate(list(weights.values()))
+        ends = np.cumsum([0, *(len(part) for part in weights.values())])
+        read, suited = moments.second.astype(np.float32), moments.suited(w)
+        found, nearest = self._rounded(w, suited, moments, grid)
+        for name, rows in zip(weights, (slice(first, last) for first, last in pairwise(ends)), strict=True):
+            codes = self._compensated(name, suited[rows], found.rows(rows), moments, grid)
             self.findings.codes[name] = codes
-            self.findings.fits[name] = self._fit(name, w, codes, quantize(targets[name], grid), read)
+            self.findings.fits[name] = self._fit(name, suited[rows], codes, nearest.rows(rows), read)
 
-    def _kept(self, weights: Mapping[str, Array], moments: Moments) -> NDArray[np.bool_] | None:
-        """What pruning leaves of the weights, stacked; None where nothing is pruned."""
+    def _rounded(self, w: Array, suited: Array, moments: Moments, grid: Grid) -> tuple[Quantized, Quantized]:
+        """Codes for w [N, K] (what is pruned is zero, the rest rounded to nearest or by GPTQ), and what they are
+        measured by: all of what was rounded, rounded to nearest."""
+        keep = self._kept(w, moments)
+        plain = quantize(w if keep is None else np.where(keep, w, 0), grid)
+        nearest = plain if keep is None else quantize(w, grid)
+        if self.recipe.method != "gptq":
+            return plain, nearest
+        order = Order.of(moments.second, w.shape[1] if grid.group_size == -1 else grid.block(w.shape[1]))
+        found = gptq(suited, order, grid, keep)
+        if moments.cross is None:
+            return found, nearest
+        missed = moments.gain(w, plain.dequantize(), found.dequantize())
+        return better_rows(plain, found, missed > 0), quantize(suited, grid)
+
+    def _kept(self, w: Array, moments: Moments) -> NDArray[np.bool_] | None:
+        """What pruning leaves of w; None where nothing is pruned."""
         if self.recipe.sparsity != "2:4":
             return None
-        norms = np.sqrt(np.diagonal(moments.second)) if self.recipe.prune == "wanda" else None
-        return two_of_four(np.concatenate(list(weights.values())), norms)
-
-    def _rounded(
-        self, targets: Mapping[str, Array], keep: NDArray[np.bool_] | None, moments: Moments, grid: Grid
-    ) -> dict[str, Quantized]:
-        """Codes for the weights: what is pruned is zero, the rest rounded to nearest or by GPTQ."""
-        w = np.concatenate(list(targets.values()))
-        if self.recipe.method == "gptq":
-            width = w.shape[1]
-            order = Order.of(moments.second, width if grid.group_size == -1 else grid.block(width))
-            found = gptq(w, order, grid, keep)
-        else:
-            found = quantize(w if keep is None else np.where(keep, w, 0), grid)
-        rows = np.cumsum([0, *(len(part) for part in targets.values())])
-        slices = (slice(first, last) for first, last in pairwise(rows))
-        return {name: found.rows(part) for name, part in zip(targets, slices, strict=True)}
+        return two_of_four(w, np.sqrt(np.diagonal(moments.second)) if self.recipe.prune == "wanda" else None)
 
     def _compensated(self, name: str, w: Array, codes: Quantized, moments: Moments, grid: Grid) -> Quantized:
         """The codes, LoftQ's own, with a branch for what rounding has done; or what one of any rank would make up for,
@@ -109,7 +109,8 @@ class Solver:
             difference = w - codes.dequantize()
         else:
             delta = eora(difference, second, rank)
-        self.findings.add_branch(name, delta, coded=costs_nothing(delta, difference, second))
+        promised = self.recipe.compensate_budget is not None  # in bits, which are those of codes
+        self.findings.add_branch(name, delta, coded=promised or costs_nothing(delta, difference, second))
         return codes
 
     def _fit(self, name: str, w: Array, codes: Quantized, nearest: Quantized, read: NDArray[np.float32]) -> Fit:
@@ -121,3 +122,14 @@ class Solver:
             float(np.sqrt(error_of(one, read).sum() / energy)) for one in (left, plain - nearest.dequantize())
         )
         return Fit(error, least, 0 if beside is None else beside.rank)
+
+
+def _stacks(names: Sequence[str], site: Site) -> Iterator[list[str]]:
+    """The weights of a site in turn, as many at a time as are worth one stack."""
+    stack: list[str] = []
+    for name in names:
+        if stack and prod(site.weights[name].shape) + sum(prod(site.weights[one].shape) for one in stack) > STACKED:
+            yield stack
+            stack = []
+        stack.append(name)
+    yield stack

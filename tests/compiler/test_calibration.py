@@ -16,7 +16,8 @@ from tiny_adapters import save_peft
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.calibration import calibrated as calibrating
-from rqc.compiler.calibration import frames
+from rqc.compiler.calibration import clips as clips_module
+from rqc.compiler.calibration import frames, solver
 from rqc.compiler.calibration.blockwise import Site, calibrate
 from rqc.compiler.calibration.calibrated import calibrated, calibration_need
 from rqc.compiler.calibration.calibration_text import calibration_ids, divided
@@ -24,6 +25,7 @@ from rqc.compiler.calibration.findings import CodeStore
 from rqc.compiler.calibration.memory import calibration_bytes
 from rqc.compiler.importer import import_model
 from rqc.compiler.recipe import Recipe
+from rqc.compiler.sizes import block_bytes
 from rqc.compiler.text import calibration_text, read_tokenizer
 from rqc.compiler.verify.engine import verify_engine
 from rqc.models.eora import eora
@@ -32,6 +34,7 @@ from rqc.models.grid import Grid, quantize
 from rqc.models.reference import Reference
 from rqc.models.sparsity import two_of_four
 from rqc.models.token_grid import TokenGrid
+from rqc.passes.base import CLIP
 from rqc.passes.quantize import QuantizeLinears
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError, ResourceError, SchemeError
@@ -65,9 +68,9 @@ def test_moments_are_those_of_what_pytorch_reads_behind_rounded_blocks(name: str
         for weight, lazy in site.weights.items():
             store[weight] = quantize(lazy.read(), grid)
 
-    calibrate(
-        imported.model, ids, solve, lambda names: [QuantizeLinears(imported.description, grid, found=store.found)]
-    )
+    every = imported.description.by_weight
+    rounds = QuantizeLinears(imported.description, grid, found=store.found)
+    calibrate(imported.model, every, ids, solve, lambda names: [rounds])
     reference = Reference.load(tiny_model(name))
     names = [weight for site in sites for weight in site.weights]
     assert sorted(names) == sorted(claim.weight for claim in imported.description.claims)
@@ -259,8 +262,53 @@ def test_memory_is_told_by_the_text_that_is_there(tiny_model: TinyModel, tmp_pat
         for more in ({"scheme": "w6a6"}, {"scheme": "w4a4"}, {"method": "rtn", "compensate": "loftq"})
     )
     assert coarse > fine > by_weights > 0
-    short, long = (calibration_bytes(imported, 64 // length, length) for length in (16, 64))
-    assert long - short == 12 * a.heads * (64 * 64 - 64 * 16)
+    short, long = (calibration_bytes(imported, 2048 // length, length) for length in (512, 1024))
+    assert long - short == 12 * a.heads * 2048 * (1024 - 512)
+
+
+def test_memory_counts_tables_and_experts(tiny_model: TinyModel) -> None:
+    """The embedding runs too; every expert's inputs have moments, and experts are not solved as one weight."""
+    small, large = (import_model(tiny_model("llama16", vocab_size=size)) for size in (96, 8192))
+    assert calibration_bytes(large, 1, 8) > 12 * 8192 * 96 > calibration_bytes(small, 1, 8)
+    few, many = (import_model(tiny_model("qwen3-moe", num_experts=count)) for count in (4, 16))
+    a = few.description.architecture
+    more = calibration_bytes(many, 1, 8, crossed=True) - calibration_bytes(few, 1, 8, crossed=True)
+    assert more >= 12 * (16 * a.expert_size**2 + 3 * 12 * a.hidden_size * a.expert_size)
+
+
+def test_experts_are_fitted_behind_the_clips_of_the_engine(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """A router reads what gate and up read, and nothing is rounded in front of it."""
+    clips: list[float] = []
+    rounding = calibrating._rounding
+
+    def noted(recipe: Recipe, node: Any) -> Any:
+        clips.append(float(node.metadata_props.get(CLIP, 1.0)))
+        return rounding(recipe, node)
+
+    monkeypatch.setattr(calibrating, "_rounding", noted)
+    monkeypatch.setattr(clips_module, "RATIOS", (0.8,))
+    directory = give_voice(tiny_model("qwen3-moe"))
+    compile_engine(directory, tmp_path / "e.plan", **QUICK, scheme="w4a4", activation_clip="auto")
+    assert len(clips) == len(watched.sites)
+    assert set(clips) == {0.8}
+    assert not any(".gate.weight" in name for site in watched.sites for name in site.weights)
+
+
+def test_experts_solved_in_turn_are_those_solved_as_one(
+    monkeypatch: pytest.MonkeyPatch, watched: type[Watched], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """A row's codes depend on no other row: but for ties that the last bit of a product decides."""
+    directory, weights = give_voice(tiny_model("mixtral", initializer_range=0.1)), []
+    for entries in (1, 1 << 25):
+        monkeypatch.setattr(solver, "STACKED", entries)
+        compile_engine(directory, tmp_path / "e.plan", **QUICK, scheme="w3a16")
+        weights.append(dict(watched.made))
+    first = [name for name in weights[0] if "layers.0.block_sparse_moe.experts" in name or "layers.0.mlp" in name]
+    assert first
+    same = [np.mean(weights[0][name] == weights[1][name]) for name in first]
+    assert min(same) > 0.99
 
 
 def test_method_auto_scores_both_on_text_that_codes_were_not_fitted_to(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -333,6 +381,26 @@ def test_a_single_token_chooses_nothing(tiny_model: TinyModel, tmp_path: Path) -
     recipe = {"scheme": "w4a4", "rotate": "auto", "method": "auto", "calibration": text}
     report = compile_engine(give_voice(tiny_model("llama16")), tmp_path / "e.plan", **recipe)
     assert report.rotation == {"chosen": "r1,r2,r4", "scores": None, "method": "rtn"}
+
+
+@pytest.mark.parametrize("more", [{"method": "auto"}, {"activation_clip": "auto", "rotate": "auto"}])
+def test_what_is_too_large_to_measure_is_chosen_by_the_scheme(
+    more: dict[str, Any], tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever step of the measurement it is that does not fit."""
+    imported, lines = import_model(give_voice(tiny_model("llama16"))), Lines()
+    options = {**QUICK, "method": "rtn", "scheme": "w4a4", **more}
+    ids = np.zeros((4, 48), np.int64)
+    by_steps = Recipe.from_values({**options, "method": "gptq"} if "method" in more else options)
+    block = block_bytes(imported, by_steps, 2 * 48, 48)
+    needed = frames._needed(by_steps, imported, ids, ids[:2])
+    assert needed > block
+    for module in (frames, calibrating, clips_module):
+        monkeypatch.setattr(module, "resident_bytes", lambda: 0)
+    recipe = Recipe.from_values({**options, "max_memory": (block + needed) // 2})
+    choice = frames.choose(recipe, imported, lines)
+    assert choice.said["scores"] is None
+    assert "by the scheme alone, because measuring takes about" in lines.lines[-1]
 
 
 def test_what_cannot_be_calibrated_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:

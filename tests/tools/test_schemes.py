@@ -56,6 +56,13 @@ def verdicts() -> ModuleType:
 
 
 @pytest.fixture
+def told() -> ModuleType:
+    from scoring import told
+
+    return told
+
+
+@pytest.fixture
 def script() -> ModuleType:
     """The script as a module."""
     loader = SourceFileLoader("schemes_script", str(TOOLS / "schemes"))
@@ -230,15 +237,24 @@ def test_a_compile_that_ends_with_an_error_says_which(measure: ModuleType, tmp_p
         measure.rqc("inspect", tmp_path / "nowhere.plan")
 
 
+def test_rows_tell_at_which_commit_they_were_measured(measure: ModuleType, told: ModuleType, tmp_path: Path) -> None:
+    row = measure.kept(tmp_path / "row.json", [], lambda: {"perplexity": 1.0})
+    assert row["commit"] == measure.commit()
+    said = told.origin([{"commit": "abc"}, {"commit": "abc"}, {"perplexity": 1.0}])
+    assert said == "measured at abc (2 rows), no commit known (1 rows)"
+
+
 @pytest.mark.parametrize(
     ("scores", "missed"),
     [
-        ({"w6a6.all.rtn.64": 10.3, "w4a4.all.gptq.64": 30.0, "w4a4-reference.none.gptq.64": 1500.0}, 0),
+        ({"w6a6.all.rtn.64": 10.3, "w4a4.all.gptq.64": 30.0, "w4a4-reference.none.rtn.64": 20.0}, 0),
         ({"w6a6.all.rtn.64": 10.4, "w6a6.r1r4.rtn.64": 10.2}, 0),
         ({"w6a6.all.rtn.64": 10.4, "w6a6.none.rtn.64": 10.1}, 1),
         ({"w4a4.all.gptq.64": 30.1}, 1),
-        ({"w4a4.all.gptq.64": 20.0, "w4a4-reference.none.gptq.64": 999.0}, 1),
-        ({"w4a4.all.gptq.64": 20.0, "w4a4-reference.none.gptq.64": 1001.0, "w4a4.none.gptq.64": 30.0}, 0),
+        ({"w4a4.all.gptq.64": 20.0, "w4a4-reference.all.rtn.64": 21.0, "w4a4-reference.none.rtn.64": 1049.0}, 1),
+        ({"w4a4.all.gptq.64": 20.0, "w4a4-reference.all.rtn.64": 21.0, "w4a4-reference.none.rtn.64": 1051.0}, 0),
+        ({"w4a4-reference.all.gptq.64": 20.0, "w4a4-reference.none.gptq.64": 30.0}, 0),
+        ({"w4a4.all.gptq.64": 20.0, "w4a4.none.gptq.64": 30.0}, 0),
         ({"w3a16.none.gptq.64": 20.0, "w3a16-eora.none.gptq.64": 20.0}, 1),
         ({"w3a16.none.gptq.64": 20.0, "w3a16-eora.none.gptq.64": 19.9}, 0),
         ({"w4a8.all.rtn.64": 20.0, "w4a8-kv8.all.rtn.64": 20.2}, 1),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,20 @@ def kept(path: Path, options: list[str], make: Callable[[], Measured]) -> Measur
             found: Measured = json.loads(path.read_text(encoding="utf-8"))
             if found["options"] == options:
                 return found
-        made = {"options": options, **make()}
+        made = {"options": options, "commit": commit(), **make()}
         write(path, made)
         return made
+
+
+@cache
+def commit() -> str:
+    """The checkout's commit, with a + where files differ from it; empty where there is no git to ask."""
+    here = ("git", "-C", str(Path(__file__).parent))
+    try:
+        named = subprocess.run([*here, "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return named.stdout.strip()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -42,6 +43,12 @@ def pivot(found: Mapping[Row, Mapping[str, Any]]) -> str:
         scores = [f"{found[row]['perplexity']:,.2f}" if row in found else "" for row in rows]
         lines.append([kind, _size(group), *scores])
     return _markdown(lines)
+
+
+def origin(found: Iterable[Mapping[str, Any]]) -> str:
+    """At which commits the rows were measured: older ones may come out otherwise today."""
+    count = Counter(one.get("commit") or "no commit known" for one in found)
+    return "measured at " + ", ".join(f"{name} ({rows} rows)" for name, rows in count.most_common())
 
 
 def _named(row: Row) -> list[str]:

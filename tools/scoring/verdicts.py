@@ -48,17 +48,19 @@ def _rotated(scores: Mapping[Row, float], base: float) -> list[Verdict]:
         ratio = scores[best] / base
         made.append(Verdict(f"{best.name} is {ratio:.2f} × float (≤ {W4A4:g})", ratio <= W4A4))
         made.append(Verdict(f"{best.name} is {ratio:.2f} × float (aim: ≤ {W4A4_AIM})", ratio <= W4A4_AIM, must=False))
-    made += [*_gained(scores, "w4a4-reference", must=True), *_gained(scores, "w4a4", must=False)]
+    made += _gained(scores, "w4a4-reference", "rtn", must=True)
+    made += [one for kind in ("w4a4-reference", "w4a4") for one in _gained(scores, kind, "gptq", must=False)]
     if best := _best(scores, lambda row: row.kind == "w4a4-kv4"):
         made.append(Verdict(f"best with a 4-bit cache: {best.name}, {scores[best] / base:.2f} × float", True, False))
     return made
 
 
-def _gained(scores: Mapping[Row, float], kind: str, *, must: bool) -> list[Verdict]:
-    """How many times better the best rotated w4a4 is than the same without a rotation, on the grid of `kind`: the
-    references' own (symmetric, nothing clipped), or that of w4a4, which helps what is not rotated too."""
-    best = _best(scores, lambda row: row.kind == "w4a4" and row.rotation != "none")
-    if best is None or (plain := replace(best, kind=kind, rotation="none")) not in scores:
+def _gained(scores: Mapping[Row, float], kind: str, method: str, *, must: bool) -> list[Verdict]:
+    """How many times better the best rotated row of a kind is than the same without a rotation. It must be on the
+    references' own grid and rounded to nearest, as they measure it: a grid with zero points, clips, and codes that make
+    up for rounded activations all help what is not rotated too."""
+    best = _best(scores, lambda row: (row.kind, row.method) == (kind, method) and row.rotation != "none")
+    if best is None or (plain := replace(best, rotation="none")) not in scores:
         return []
     gain = scores[plain] / scores[best]
     return [Verdict(f"{best.name} is {gain:.0f} × better than {plain.name} (≥ {UNROTATED:g})", gain >= UNROTATED, must)]
