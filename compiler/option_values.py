@@ -11,6 +11,8 @@ from rqc.models.rotation import SITES
 from rqc.runtime.errors import InputError, RqcError
 
 PATH, NUMBER = (str, Path), (int, float)
+NEGATED = {"asymmetric": "symmetric", "activation_asymmetric": "activation_symmetric"}
+"""Names of flags for the opposite of a field."""
 _WORDS = {str: "text", int: "a whole number", bool: "true or false", PATH: "a path", NUMBER: "a number"}
 
 
@@ -33,10 +35,19 @@ def typed(name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     raise InputError(f"{name} is {value!r}", hint=f"{name} is {_WORDS[kind]}")
 
 
-def field_of(option: str) -> str:
-    """The field that holds an option, by its name in flags, files or keyword arguments."""
-    name = option.replace("-", "_")
-    return "rotation_file" if name == "rotation" else name
+def by_field(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by the fields that hold them, of options by name as in flags, files or keyword arguments.
+
+    Raises InputError for one that is given twice, and for the opposite of an option that is not true or false.
+    """
+    found: dict[str, Any] = {}
+    for option, value in values.items():
+        name = option.replace("-", "_")
+        field = "rotation_file" if name == "rotation" else NEGATED.get(name, name)
+        if field in found:
+            raise InputError(f"option {option!r} is given twice", hint="- and _ are the same in names")
+        found[field] = not typed(option, value, bool) if name in NEGATED and value is not None else value
+    return found
 
 
 def parsed_values(
@@ -44,15 +55,12 @@ def parsed_values(
 ) -> dict[str, Any]:
     """Values by field as `parse` makes them of options by name; those that are None, for the default, are left out.
 
-    Raises InputError for an unknown name, with the nearest known one, and for one that is given twice.
+    Raises InputError for an unknown name, with the nearest known one, and as `by_field`.
     """
     parsed: dict[str, Any] = {}
-    for option, value in values.items():
-        name = field_of(option)
+    for option, (name, value) in zip(values, by_field(values).items(), strict=True):
         if name not in known:
             raise InputError(f"unknown option {option!r} of {of}", hint=near_miss(name, known))
-        if name in parsed:
-            raise InputError(f"option {option!r} is given twice", hint="- and _ are the same in names")
         if value is not None:
             parsed[name] = parse(name, value)
     return parsed

@@ -17,7 +17,7 @@ from rqc.compiler.adapters.sources import AdapterSource, parse_sources
 from rqc.compiler.compensation_options import check_compensation
 from rqc.compiler.float_options import check_floats
 from rqc.compiler.layer_rules import LayerRule, check_budget, parse_rules
-from rqc.compiler.option_values import NUMBER, PATH, field_of, one_of, parsed_values, rotation_values, site_names, typed
+from rqc.compiler.option_values import NUMBER, PATH, by_field, one_of, parsed_values, rotation_values, site_names, typed
 from rqc.compiler.scheme import SCHEMES, Scheme
 from rqc.models.rotation import KINDS, SITES, Rotation
 from rqc.models.rotation_file import RotationFile
@@ -126,7 +126,8 @@ class Recipe:
         one_of("device", self.device, DEVICES, InputError)
         if self.dtype is not None:
             one_of("dtype", self.dtype, DTYPES, SchemeError)
-        self._check_activations()
+        if not self.adapter or self.stated("scheme"):  # else an adapter may bring another
+            self.check_activations()
         self._check_grid()
         check_budget(self.scheme, self.layers, self.bits_budget)
         check_compensation(self)
@@ -161,7 +162,7 @@ class Recipe:
                 hint="--scheme w4a16, or leave them out",
             )
 
-    def _check_activations(self) -> None:
+    def check_activations(self) -> None:
         """Raise an RqcError for a grid of activations that the scheme does not have on its target."""
         clip = self.activation_clip
         if clip != "auto" and not 0 < clip <= 1:
@@ -263,7 +264,7 @@ class Recipe:
     @classmethod
     def layered(cls, path: Path | None, flags: Mapping[str, Any]) -> Recipe:
         """Flags (None: not given) over the recipe file (None: no file) over the defaults."""
-        given = {field_of(name): value for name, value in flags.items() if value is not None}
+        given = by_field({name: value for name, value in flags.items() if value is not None})
         if path is None:
             return cls.from_values(given)
         values = _read_toml(path)
@@ -271,7 +272,7 @@ class Recipe:
             cls.from_values(values)  # the file's own mistakes, even where a flag would hide them
         except RqcError as error:
             raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
-        values = {field_of(key): value for key, value in values.items()}
+        values = by_field(values)
         if "rotate" in given and not _parse_rotate(given["rotate"]):
             values = {key: value for key, value in values.items() if key not in ("rotation_seed", "hadamard")}
         return cls.from_values({**values, **given})

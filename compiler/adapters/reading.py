@@ -50,6 +50,7 @@ def open_adapter(recipe: Recipe, imported: Imported, progress: Progress) -> tupl
     leader = leading(adapters)
     if leader is not None and leader.basis is not None:
         recipe = on_grid(in_basis(recipe, leader.basis), adapters, progress)
+    recipe.check_activations()
     parts = tuple(
         _part(recipe, adapter, source.name, description, read)
         for adapter, source in zip(adapters, recipe.adapter, strict=True)

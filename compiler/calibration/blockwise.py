@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from rqc.compiler.calibration.blocks import Array, Part, inputs_of, open_part, partition, run_part
+from rqc.compiler.calibration.blocks import LAYER, Array, Part, inputs_of, open_part, partition, run_part
 from rqc.models.moments import Moments
 from rqc.models.weights import Weight
 from rqc.passes.base import Pass, linears, weight_of
@@ -54,15 +54,15 @@ def calibrate(
     rounded, if it is. told: blocks done, of how many. crossed: moments also with what was there before it was rounded.
     """
     readers = _readers(model, names)
-    plain, seen = partition(model), partition(model, {reader.value for reader in readers})
+    parts = partition(model)
     text = [inputs_of(model, ids[start : start + ROWS_AT_ONCE]) for start in range(0, len(ids), ROWS_AT_ONCE)]
-    blocks = len(plain) - 2
-    for index, (part, observed) in enumerate(zip(plain[:-1], seen[:-1], strict=True)):
-        here = [one for one in readers if one.value in observed.outputs]
-        for site in _sites(model, observed, here, text, rounding, crossed=crossed):
+    blocks = len(parts) - 2
+    for index, part in enumerate(parts[:-1]):
+        here = [one for one in readers if one.block == part.name]
+        for site in _sites(model, part, here, text, rounding, crossed=crossed):
             solve(site)
         passes = deployed([one.name for one in here])
-        needed = {name for later in plain[index + 1 :] for name in later.inputs}
+        needed = {name for later in parts[index + 1 :] for name in later.inputs}
         for _ in run_part(model, part, text, needed, passes):
             pass
         told(index, blocks)
@@ -71,17 +71,18 @@ def calibrate(
 def solve_by_weights(model: ir.Model, names: Collection[str], solve: Solve, told: Callable[[int, int], None]) -> None:
     """`calibrate` without a text: as if all that a linear may read were equally likely. Nothing runs."""
     readers = _readers(model, names)
-    parts = partition(model, {reader.value for reader in readers})[:-1]
-    for index, part in enumerate(parts):
-        for one in (one for one in readers if one.value in part.outputs):
-            solve(Site(part.name, {one.name: one.weight}, Moments.white(one.weight.shape[1])))
-        told(index, len(parts) - 1)
+    blocks = list(dict.fromkeys(one.block for one in readers))
+    for index, block in enumerate(blocks):
+        for one in (one for one in readers if one.block == block):
+            solve(Site(block, {one.name: one.weight}, Moments.white(one.weight.shape[1])))
+        told(index + 1, len(blocks))
 
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """A linear: the value that it reads, and what it multiplies it with."""
+    """A linear: the value that it reads, and what it multiplies it with. block: the part of the graph that it is in."""
 
+    block: str
     name: str
     weight: Weight
     node: ir.Node
@@ -93,9 +94,13 @@ class _Reader:
 
 
 def _readers(model: ir.Model, names: Collection[str]) -> list[_Reader]:
-    """The linears of these names that stand in the graph with a weight."""
-    found = ((name, weight_of(model.graph.initializers.get(name)), node) for name, node in linears(model))
-    return [_Reader(name, weight, node) for name, weight, node in found if name in names and weight is not None]
+    """The linears of these names that stand in the graph with a weight, layer by layer."""
+    found = []
+    for name, node in linears(model):
+        weight, layer = weight_of(model.graph.initializers.get(name)), LAYER.search(name)
+        if name in names and weight is not None and layer is not None:
+            found.append(_Reader(f"layer {layer[1]}", name, weight, node))
+    return found
 
 
 def _sites(
@@ -107,17 +112,21 @@ def _sites(
     *,
     crossed: bool,
 ) -> Iterator[Site]:
-    """Run a block over the text; its linears by what they read, with the moments of that."""
+    """Run a block over the text; its linears by what they read, with the moments of that: made in the block, or given
+    to it, as it is where no norm stands in front of a linear."""
     if not readers:
         return
     first = {one.value: one for one in reversed(readers)}
     values = tuple(dict.fromkeys(one.value for one in readers))
     rounds = {value: rounding(first[value].node) for value in values}
     moments = {value: Moments(first[value].weight.shape[1], crossed=crossed) for value in values}
-    session = open_part(model, Part(part.name, part.inputs, values), text[0])
+    made = tuple(value for value in values if value not in part.inputs)
+    session = open_part(model, Part(part.name, part.inputs, made), text[0])
     for known in text:
-        results = session.run(list(values), {name: known[name] for name in part.inputs})
-        for value, x in zip(values, results, strict=True):
+        results = session.run(list(made), {name: known[name] for name in part.inputs})
+        read = {**known, **dict(zip(made, results, strict=True))}
+        for value in values:
+            x = read[value]
             try:
                 moments[value].add(x if (round_ := rounds[value]) is None else round_(x), x)
             except CheckpointError as error:

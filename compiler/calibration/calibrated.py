@@ -127,6 +127,10 @@ def _text(recipe: Recipe, imported: Imported, progress: Progress) -> NDArray[np.
     tokens = recipe.calibration_samples * recipe.calibration_length
     ids = required_ids(recipe, imported, tokens, f"{_asked(recipe)} looks at calibration text", "leave it out")
     tell_shortened(recipe, imported, ids, recipe.calibration_samples, progress)
+    description = imported.description
+    inputs = max(description.shape(claim)[1] for claim in description.claims if claim.quantized)
+    if ids.size < inputs:
+        progress.line(f"calibration: {ids.size} tokens tell little of linears with {inputs} inputs; more text would")
     return ids
 
 

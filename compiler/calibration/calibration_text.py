@@ -58,3 +58,10 @@ def tell_shortened(recipe: Recipe, imported: Imported, ids: NDArray[np.int64], a
             f"calibration: windows have {length} tokens, {recipe.calibration_length} were asked for: the {short} is no "
             "longer"
         )
+
+
+def tell_few(what: str, recipe: Recipe, ids: NDArray[np.int64], tokens: int, progress: Progress) -> None:
+    """Say it where the text is shorter than the `tokens` that something looks at, or than the recipe asks for."""
+    wanted = min(tokens, recipe.calibration_samples * recipe.calibration_length)
+    if ids.size < wanted // 2:  # windows are whole
+        progress.line(f"{what}: the text holds {ids.size} tokens, {wanted} are looked at where there are so many")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rqc.compiler.adapters.merge import Merge
 from rqc.compiler.calibration.blocks import run_parts
-from rqc.compiler.calibration.calibration_text import required_ids
+from rqc.compiler.calibration.calibration_text import required_ids, tell_few
 from rqc.compiler.importer import Imported, import_model
 from rqc.compiler.instruments import Progress
 from rqc.compiler.passlist import frame
@@ -54,6 +54,7 @@ def searched_clips(
         return recipe
     recipe = replace(recipe, clips={})
     ids = _text(recipe, imported)
+    tell_few("activation clip auto", recipe, ids, TOKENS, progress)
     _check_memory(recipe, imported, *ids.shape)
     fresh = import_model(imported.checkpoint.directory)
     for step in frame(recipe, fresh.description, rotation, merge):

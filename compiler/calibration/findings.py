@@ -69,9 +69,9 @@ def _read(path: Path, bits: int, storage_bits: int, block: int) -> Quantized:
 @dataclass(frozen=True)
 class Fit:
     """How well a weight's codes fit: ‖(W − Ŵ) X‖ / ‖W X‖ over the calibration text (X = I where none was read), with
-    the branch of that rank beside them; and the same of what was rounded, rounded to nearest.
+    the branch of that rank beside them; and the same of the weight rounded to nearest.
 
-    Where 4-bit activations are made up for, W is the weight that suits them; GPTQ rounds that, `rtn` the model's own.
+    Where the rounding of activations is made up for too, ‖W Z − Ŵ X‖ / ‖W Z‖: Z is what X was before it was rounded.
     """
 
     error: float

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rqc.compiler.adapters.merge import Merge
-from rqc.compiler.calibration.calibration_text import required_ids
+from rqc.compiler.calibration.calibration_text import required_ids, tell_few
 from rqc.compiler.calibration.knapsack import Item, choose_widths
 from rqc.compiler.calibration.sensitivity import Errors, Unit, sensitivities, units_of
 from rqc.compiler.importer import Imported, import_model
@@ -127,6 +127,7 @@ def measured_widths(
         return recipe, _said(recipe, description)
     fixed = widths_by_rule(recipe.layers, description)
     budget, ids = Budget.of(recipe, description, fixed), _text(recipe, imported)
+    tell_few(f"bits budget {recipe.bits_budget:g}", recipe, ids, TOKENS, progress)
     fresh = import_model(imported.checkpoint.directory)
     for step in frame(recipe, fresh.description, rotation, merge):
         step(fresh.model)

@@ -44,15 +44,15 @@ def calibration_bytes(imported: Imported, count: int, length: int, *, crossed: b
 
 
 def _block_bytes(description: Description, claims: Sequence[Claim], step: int, *, crossed: bool) -> int:
-    """The moments of what a block's linears read (twice, if crossed), and the most of what comes in turn: its weights
-    in floats with the activations of a step, or the factors of the widest site with the weights solved together."""
+    """The moments of what a block's linears read (three times, if crossed), and the most of what comes in turn: its
+    weights in floats with the activations of a step, or the factors of the widest site with the weights of a stack."""
     sites: dict[str, list[tuple[int, int]]] = {}
     for claim in claims:
         shared = claim.linear.path.partition(".")[0] if claim.linear.reads == RESIDUAL else claim.weight
         sites.setdefault(shared, []).append(description.shape(claim))
     widths = [shapes[0][1] for shapes in sites.values()]
     sizes = [[prod(shape) for shape in shapes] for shapes in sites.values()]
-    moments = (16 if crossed else 8) * sum(width**2 for width in widths)
+    moments = (24 if crossed else 8) * sum(width**2 for width in widths)
     running = FLOAT_BYTES * sum(map(sum, sizes)) + step
     stacked = max(max(max(site), min(STACKED, sum(site))) for site in sizes)
     return moments + max(running, FACTOR_BYTES * max(widths) ** 2 + WEIGHT_BYTES * stacked)

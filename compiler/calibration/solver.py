@@ -21,7 +21,7 @@ from rqc.models.factors import costs_nothing
 from rqc.models.gptq import Order, better_rows, gptq
 from rqc.models.grid import Grid, quantize
 from rqc.models.loftq import loftq
-from rqc.models.moments import Moments, error_of
+from rqc.models.moments import Moments
 from rqc.models.packing import Quantized
 from rqc.models.sparsity import two_of_four
 from rqc.passes.quantize import QuantizeLinears
@@ -61,16 +61,16 @@ class Solver:
     def _solve(self, weights: Mapping[str, Array], moments: Moments, grid: Grid) -> None:
         w = np.concatenate(list(weights.values()))
         ends = np.cumsum([0, *(len(part) for part in weights.values())])
-        read, suited = moments.second.astype(np.float32), moments.suited(w)
+        suited = moments.suited(w)
         found, nearest = self._rounded(w, suited, moments, grid)
         for name, rows in zip(weights, (slice(first, last) for first, last in pairwise(ends)), strict=True):
             codes = self._compensated(name, suited[rows], found.rows(rows), moments, grid)
             self.findings.codes[name] = codes
-            self.findings.fits[name] = self._fit(name, suited[rows], codes, nearest.rows(rows), read)
+            self.findings.fits[name] = self._fit(name, w[rows], codes, nearest.rows(rows), moments)
 
     def _rounded(self, w: Array, suited: Array, moments: Moments, grid: Grid) -> tuple[Quantized, Quantized]:
         """Codes for w [N, K] (what is pruned is zero, the rest rounded to nearest or by GPTQ), and what they are
-        measured by: all of what was rounded, rounded to nearest."""
+        measured by: all of w rounded to nearest."""
         keep = self._kept(w, moments)
         plain = quantize(w if keep is None else np.where(keep, w, 0), grid)
         nearest = plain if keep is None else quantize(w, grid)
@@ -78,10 +78,12 @@ class Solver:
             return plain, nearest
         order = Order.of(moments.second, w.shape[1] if grid.group_size == -1 else grid.block(w.shape[1]))
         found = gptq(suited, order, grid, keep)
-        if moments.cross is None:
-            return found, nearest
-        missed = moments.gain(w, plain.dequantize(), found.dequantize())
-        return better_rows(plain, found, missed > 0), quantize(suited, grid)
+        if (
+            moments.cross is not None
+        ):  # a row that suits rounded inputs may still be worse with them than plain rounding
+            before, after = (moments.missed(w, one.dequantize()) for one in (plain, found))
+            found = better_rows(plain, found, before < after)
+        return found, nearest
 
     def _kept(self, w: Array, moments: Moments) -> NDArray[np.bool_] | None:
         """What pruning leaves of w; None where nothing is pruned."""
@@ -113,14 +115,11 @@ class Solver:
         self.findings.add_branch(name, delta, coded=promised or costs_nothing(delta, difference, second))
         return codes
 
-    def _fit(self, name: str, w: Array, codes: Quantized, nearest: Quantized, read: NDArray[np.float32]) -> Fit:
-        plain = w.astype(np.float32)
+    def _fit(self, name: str, w: Array, codes: Quantized, nearest: Quantized, moments: Moments) -> Fit:
         beside = self.findings.deltas.get(name)
-        left = plain - codes.dequantize() - (0 if beside is None else beside.dense().astype(np.float32))
-        energy = float(error_of(plain, read).sum()) or 1.0
-        error, least = (
-            float(np.sqrt(error_of(one, read).sum() / energy)) for one in (left, plain - nearest.dequantize())
-        )
+        made = codes.dequantize() + (0 if beside is None else beside.dense().astype(np.float32))
+        whole = float(moments.missed(w, np.zeros_like(w)).sum()) or 1.0
+        error, least = (float(np.sqrt(moments.missed(w, one).sum() / whole)) for one in (made, nearest.dequantize()))
         return Fit(error, least, 0 if beside is None else beside.rank)
 
 

@@ -37,9 +37,10 @@ class State:
         return len(self.losses)
 
     def on(self, device: str) -> State:
-        """The same there, by site in order of the names."""
+        """A copy there, by site in order of the names. A tensor of a file may lie at any address, which shows in the
+        last bit of products."""
         matrices, moments = (
-            {name: tensor.to(device) for name, tensor in sorted(group.items())}
+            {name: tensor.to(device, copy=True) for name, tensor in sorted(group.items())}
             for group in (self.matrices, self.moments)
         )
         return State(matrices, moments, self.losses, self.held_out)
@@ -56,9 +57,10 @@ class Place:
     def check(self, *, resume: bool) -> None:
         """Raise InputError where nothing can be written, or something would be lost: another file, a run that was not
         finished."""
-        check_folder(check_path(self.state))
+        check_folder(check_path(self.output))
+        check_path(self.state)
         if self.output.exists():
-            RotationFile.read(self.output)
+            _check_ours(self.output)
         if self.state.exists() and not resume:
             raise InputError(
                 f"{self.state} holds a run that was not finished", hint="go on with --resume, or remove that file"
@@ -105,6 +107,14 @@ class Place:
         """Write the rotation; what was kept to go on goes."""
         _replace(self.output, file.to_bytes())
         self.state.unlink(missing_ok=True)
+
+
+def _check_ours(path: Path) -> None:
+    """Raise InputError for a file that is no rotation: it is not replaced."""
+    try:
+        RotationFile.read(path)
+    except InputError as error:
+        raise InputError(f"{path} is there, and is no rotation", hint="name another file with -o") from error
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -46,6 +46,19 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
     assert recipe.clip == "mse"
 
 
+@pytest.mark.parametrize("name", ["symmetric", "activation-symmetric"])
+def test_keys_are_named_as_flags_are_also_for_the_opposite(name: str, tmp_path: Path) -> None:
+    field, opposite = name.replace("-", "_"), name.replace("symmetric", "asymmetric")
+    path = write(tmp_path, f'scheme = "w4a4"\n{opposite} = true\n')
+    assert getattr(Recipe.load(path), field) is False
+    assert getattr(Recipe.layered(path, {field: True}), field) is True
+    assert getattr(Recipe.from_values({"scheme": "w4a4", opposite.replace("-", "_"): False}), field) is True
+    with pytest.raises(InputError, match=r"asymmetric is 1"):
+        Recipe.from_values({"scheme": "w4a4", opposite: 1})
+    with pytest.raises(InputError, match="given twice"):
+        Recipe.from_values({"scheme": "w4a4", opposite: True, name: False})
+
+
 def test_a_calibration_path_in_a_file_starts_from_the_file(tmp_path: Path) -> None:
     assert Recipe.load(write(tmp_path, 'calibration = "text.txt"')).calibration == tmp_path / "text.txt"
 

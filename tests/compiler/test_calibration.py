@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 from hashlib import sha256
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,7 +57,7 @@ class Lines:
 QUICK: dict[str, Any] = {"method": "gptq", "calibration_samples": 4, "calibration_length": 48, "rotate": "none"}
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gemma2", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2", "qwen2", "olmo2"])
 def test_moments_are_those_of_what_pytorch_reads_behind_rounded_blocks(name: str, tiny_model: TinyModel) -> None:
     """Every block is seen in float, behind blocks that were rounded: no float model's inputs, no rounded model's."""
     imported, grid = import_model(tiny_model(name)), Grid(3, 16)
@@ -159,6 +160,41 @@ def test_branches_make_up_for_rounded_activations_too(
         missing = site.moments.suited(weight.read()) - watched.made[name]
         wanted = eora(missing, site.moments.second, 8).dense()
         assert np.linalg.norm(watched.branches[name] - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
+def test_linears_without_a_norm_in_front_have_branches_too(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """OLMo 2: what q, k and v read is what the block in front gives on."""
+    directory = give_voice(tiny_model("olmo2", initializer_range=0.1))
+    options = {**QUICK, "scheme": "w3a16", "compensate": "eora", "compensate_rank": 8}
+    compile_engine(directory, tmp_path / "e.plan", **options)
+    ids = np.random.default_rng(1).integers(3, 96, 200).tolist()
+    report = verify_engine(tmp_path / "e.plan", directory, token_ids=ids, tokens=200, window=100, threads=1)
+    assert report.passed, report.gates
+
+
+def test_a_budget_of_branches_is_kept(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """In bits of codes, also where these lose a little: floats would take three times as much."""
+    directory = give_voice(tiny_model("llama16", initializer_range=0.1))
+    options = {**QUICK, "scheme": "w4a16"}
+    bare = compile_engine(directory, tmp_path / "bare.plan", **options)
+    full = compile_engine(directory, tmp_path / "full.plan", **options, compensate="eora", compensate_budget=4.0)
+    description = import_model(directory).description
+    weights = sum(prod(description.shape(claim)) for claim in description.claims)
+    assert full.estimate is not None
+    assert bare.estimate is not None
+    added = full.estimate.size_bytes - bare.estimate.size_bytes  # of tensors alone: files are aligned
+    assert 2 < 8 * added / weights < 5
+
+
+def test_few_tokens_are_told(tiny_model: TinyModel, tmp_path: Path) -> None:
+    directory, lines = give_voice(tiny_model("llama16")), Lines()
+    (tmp_path / "text.txt").write_text("few words and no more")
+    options = {"calibration": tmp_path / "text.txt", "rotate": "none", "calibration_length": 8, "scheme": "w4a4"}
+    compile_engine(directory, tmp_path / "e.plan", **options, method="gptq", activation_clip="auto", progress=lines)
+    assert sum("tokens tell little of linears with 152 inputs" in line for line in lines.lines) == 1
+    assert sum(line.startswith("activation clip auto: the text holds") for line in lines.lines) == 1
+    compile_engine(directory, tmp_path / "e.plan", **{**options, "scheme": "w4a16"}, bits_budget=3, progress=lines)
+    assert sum(line.startswith("bits budget 3: the text holds") for line in lines.lines) == 1
 
 
 @pytest.mark.parametrize("prune", ["magnitude", "wanda"])
@@ -273,7 +309,7 @@ def test_memory_counts_tables_and_experts(tiny_model: TinyModel) -> None:
     few, many = (import_model(tiny_model("qwen3-moe", num_experts=count)) for count in (4, 16))
     a = few.description.architecture
     more = calibration_bytes(many, 1, 8, crossed=True) - calibration_bytes(few, 1, 8, crossed=True)
-    assert more >= 12 * (16 * a.expert_size**2 + 3 * 12 * a.hidden_size * a.expert_size)
+    assert more >= 12 * (24 * a.expert_size**2 + 3 * 12 * a.hidden_size * a.expert_size)
 
 
 def test_experts_are_fitted_behind_the_clips_of_the_engine(

@@ -47,13 +47,30 @@ def test_moments_across_rounding() -> None:
         moments.add(rounded, part)
     z, r = (one.reshape(-1, 48).astype(np.float64) for one in (x, there))
     assert moments.cross is not None
+    assert moments.rounding is not None
+    np.testing.assert_allclose(moments.rounding, (z - r).T @ (z - r), rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(moments.second, r.T @ r, rtol=1e-5, atol=1e-3)
     np.testing.assert_allclose(moments.cross - moments.second, (z - r).T @ r, rtol=1e-4, atol=1e-3)
 
 
-def test_values_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="not finite on the calibration text"):
-        Moments(4).add(np.asarray([[1.0, 2.0, np.inf, 0.0]]))
+@pytest.mark.parametrize(("value", "said"), [(np.inf, "is not finite"), (np.nan, "is not finite"), (1e30, "beyond a")])
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_not_finite_are_refused(value: float, said: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{said}.* on the calibration text"):
+        Moments(4).add(np.asarray([[1.0, 2.0, value, 0.0]]))
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_what_a_weight_misses_is_summed_over_tokens(rounds: bool) -> None:
+    x, generator = tokens(300), np.random.default_rng(5)
+    w = generator.standard_normal((20, 48))
+    moments = crossed(x) if rounds else Moments(48)
+    there = GRID.round(x) if rounds else x
+    if not rounds:
+        moments.add(x)
+    for v in (w + 0.05 * generator.standard_normal(w.shape), moments.suited(w), np.zeros_like(w)):
+        missed = ((x.astype(np.float64) @ w.T - there.astype(np.float64) @ v.T) ** 2).sum(0)
+        np.testing.assert_allclose(moments.missed(w, v), missed, rtol=1e-3, atol=1e-3)
 
 
 def test_the_suited_weight_is_the_least_of_its_objective() -> None:
@@ -80,12 +97,10 @@ def test_on_another_text_it_is_nearer_than_the_weight_and_than_one_that_is_not_d
     assert left[0] < 0.95 * min(left[1:])
 
 
+@pytest.mark.filterwarnings("error")
 def test_sums_beyond_a_float_are_refused() -> None:
-    moments = Moments(4, crossed=True)
-    with np.errstate(over="ignore", invalid="ignore"):
-        moments.add(np.full((2, 4), 1e30, np.float32), np.full((2, 4), 2e30, np.float32))
-    with pytest.raises(CheckpointError, match="not finite"):
-        moments.suited(np.eye(4))
+    with pytest.raises(CheckpointError, match="beyond a float"):
+        Moments(4, crossed=True).add(np.ones((2, 4), np.float32), np.full((2, 4), 2e30, np.float32))
 
 
 def test_without_rounding_it_is_the_weight() -> None:
