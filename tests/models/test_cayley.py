@@ -34,6 +34,17 @@ def test_steps_stay_on_the_manifold(count: int, n: int, scale: float) -> None:
         assert float((tangent + tangent.mT).abs().max()) <= 1e-12 * max(1.0, float(tangent.abs().max()))
 
 
+@pytest.mark.parametrize("turning", [False, True])
+def test_what_has_left_the_manifold_is_brought_back(turning: bool) -> None:
+    """By each step, which squares the distance: a Cayley step alone would keep it."""
+    x = orthogonal(2, 16)
+    gradient, noise = (torch.from_numpy(np.random.default_rng(s).standard_normal(x.shape)) for s in (1, 2))
+    x += 1e-6 * noise
+    assert off(x) > 1e-6
+    CayleySGD([x], [torch.zeros_like(x)], 0.9).step([turning * gradient], 0.5)
+    assert off(x) < 1e-10
+
+
 def test_a_gradient_off_the_manifold_moves_nothing() -> None:
     x = orthogonal(1, 24)
     before = x.clone()
