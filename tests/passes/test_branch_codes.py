@@ -133,3 +133,14 @@ def test_codes_lose_nothing_of_an_error_and_much_of_an_exact_branch(moments: boo
         left = [difference - one.dense() for one in (delta, coded(delta))]
         plain, codes = (float(np.einsum("nk,kj,nj->", one, weighed, one)) for one in left)
         assert costs_nothing(delta, difference, second) == expected == (codes <= (1 + LOSS) * plain)
+
+
+@pytest.mark.parametrize(("growth", "lost"), [(0.9e-3, False), (1.1e-3, True)])
+def test_codes_may_cost_a_thousandth(growth: float, lost: bool) -> None:
+    """What a branch leaves anyway is orthogonal to what codes change, and of the length that makes it grow so."""
+    generator = np.random.default_rng(4)
+    delta = Delta(generator.standard_normal((8, 96)), generator.standard_normal((64, 8)))
+    change, rest = coded(delta).dense() - delta.dense(), generator.standard_normal((64, 96))
+    rest -= change * (change * rest).sum() / (change**2).sum()
+    rest *= np.linalg.norm(change) / np.linalg.norm(rest) / np.sqrt(growth)
+    assert costs_nothing(delta, delta.dense() + rest) is not lost
