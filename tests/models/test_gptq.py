@@ -96,6 +96,18 @@ def test_columns_keep_their_place_whatever_the_order_they_are_rounded_in() -> No
     assert not np.array_equal(columns, np.arange(70))
 
 
+def test_the_loudest_group_is_rounded_first_and_in_it_the_loudest_column() -> None:
+    """By the means of groups: the one with the loudest column is not the loudest, and one that is not whole waits."""
+    energy = np.concatenate([np.full(16, level) for level in (1.0, 5.0, 3.0, 4.0)] + [np.full(6, 9.0)])
+    energy += 0.01 * np.random.default_rng(0).permutation(70)
+    energy[3] = 20
+    means = energy[:64].reshape(4, 16).mean(axis=1)
+    groups = [*np.argsort(-means), 4]
+    assert groups == [1, 3, 2, 0, 4]
+    wanted = [column for g in groups for column in 16 * g + np.argsort(-energy[16 * g : 16 * g + 16])]
+    assert np.array_equal(Order.of(np.diag(energy), 16).columns, wanted)
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_fewer_tokens_than_inputs(tokens: int) -> None:
     grid, w, moments = Grid(4, 32), weight(8, 96), moments_of(96, tokens)
