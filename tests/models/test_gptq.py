@@ -108,6 +108,25 @@ def test_the_loudest_group_is_rounded_first_and_in_it_the_loudest_column() -> No
     assert np.array_equal(Order.of(np.diag(energy), 16).columns, wanted)
 
 
+def test_a_group_is_fitted_to_what_is_left_of_it_when_its_turn_comes() -> None:
+    """To W_R + (W_F − Ŵ_F) H_FR H_RR⁻¹, the best of columns R that are open beside F, which are rounded."""
+    draw = np.random.default_rng(4)
+    x = draw.standard_normal((300, 32)) @ (draw.standard_normal((32, 32)) * np.exp(draw.standard_normal(32)))
+    w, grid, moments = draw.standard_normal((24, 32)), Grid(4, 16), x.T @ x
+    order = Order.of(moments, 16)
+    found, nearest = gptq(w, order, grid), quantize(w, grid)
+    first, rest = order.columns[:16], np.sort(order.columns[16:])
+    h = moments + module.DAMPENING * np.diagonal(moments).mean() * np.eye(32)
+    passed_on = (w - found.dequantize())[:, first] @ h[np.ix_(first, rest)] @ np.linalg.inv(h[np.ix_(rest, rest)])
+    fitted, early = first[0] // 16, rest[0] // 16
+    wanted = quantize(w[:, rest] + passed_on, grid).scales[:, 0]
+    moved = (found.dequantize() != nearest.dequantize()).any(axis=1)  # the others are kept as they were rounded
+    assert moved.sum() > 20
+    assert np.array_equal(found.scales[:, fitted], nearest.scales[:, fitted])
+    np.testing.assert_allclose(found.scales[moved, early], wanted[moved], rtol=1e-3)
+    assert np.median(np.abs(wanted / nearest.scales[:, early] - 1)) > 0.02, "otherwise this test shows nothing"
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_fewer_tokens_than_inputs(tokens: int) -> None:
     grid, w, moments = Grid(4, 32), weight(8, 96), moments_of(96, tokens)
