@@ -170,6 +170,24 @@ def test_float64_where_float32_has_no_factor(monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_allclose(order.factor.diagonal(), wanted, rtol=1e-2)  # a larger dampening has another one
 
 
+@pytest.mark.parametrize(("across", "share"), [(0.5, 0.01), (1.05, 0.1), (1.5, 1.0), (50.0, 100.0)])
+def test_dampening_grows_until_there_is_a_factor(across: float, share: float) -> None:
+    """Of moments whose least eigenvalue is 1 − across."""
+    moments = np.eye(32)
+    moments[0, 1] = moments[1, 0] = across
+    order = Order.of(moments, 16)
+    h = (moments + share * np.eye(32))[np.ix_(order.columns, order.columns)]
+    np.testing.assert_allclose(order.factor.T.astype(np.float64) @ order.factor @ h, np.eye(32), atol=1e-3)
+
+
+def test_moments_that_no_dampening_helps_are_refused() -> None:
+    moments = np.eye(32)
+    moments[0, 1] = moments[1, 0] = 1000
+    with pytest.raises(CheckpointError, match="no Cholesky factor") as raised:
+        Order.of(moments, 16)
+    assert "more text" in raised.value.hint
+
+
 def test_moments_that_are_not_finite_are_refused() -> None:
     with pytest.raises(CheckpointError, match="second moments are not finite"):
         Order.of(np.full((32, 32), np.nan), 32)
