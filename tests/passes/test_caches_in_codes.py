@@ -10,10 +10,15 @@ import onnxruntime as ort
 import pytest
 import torch
 from tiny import TinyModel
+from torch import Tensor
 
+from rqc.compiler.calibration.ranges import measured
+from rqc.compiler.importer import import_model
 from rqc.compiler.pipeline import compile_model
 from rqc.compiler.recipe import Recipe
 from rqc.models.cache_grid import StaticCacheGrid, TokenCacheGrid
+from rqc.models.online import before_attention
+from rqc.models.reference import Reference
 from rqc.passes.cache_ranges import (
     HEADROOM,
     KEY_MEAN,
@@ -169,6 +174,37 @@ def test_what_is_recorded_holds_what_was_seen() -> None:
     assert (wide[there] <= seen[there] * HEADROOM * 2 ** (0.51 / STEPS)).all()
     assert wide[3] > 0
     assert np.abs(means(marks[KEY_MEAN]) - (seen - seen.mean())).max() <= np.abs(seen - seen.mean()).max() / 16
+
+
+def test_means_of_keys_are_pytorchs_and_take_offsets_off_their_grid(tiny_model: TinyModel) -> None:
+    """In more windows than are run at a time; channels that RoPE hardly turns, off by a bias of 10 in each head."""
+    directory, name = tiny_model("llama-bias"), "model.layers.1.self_attn.k_proj"
+    imported, reference = import_model(directory), Reference.load(directory)
+    bias = reference.parts[f"{name}.weight"].bias
+    assert bias is not None
+    bias.view(KV, -1)[:, [7, 15]] += 10
+    imported.model.graph.initializers[f"{name}.bias"].const_value = ir.tensor(bias.numpy(), name=f"{name}.bias")
+    nodes = [node for node in imported.model.graph if node.op_type == "Attention"]
+    names = [node.inputs[1].name or "" for node in nodes if node.inputs[1] is not None]
+    ids = np.random.default_rng(0).integers(3, 96, (6, 20))
+    seen: dict[int, list[Any]] = {0: [], 1: []}
+
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen[layer].append(k[0].numpy())
+        return q, k, v
+
+    before_attention(reference.model, keep)
+    for row in ids:
+        reference.logits(row)
+    found = measured(imported.model, names, ids, "mean")
+    for layer, value in enumerate(names):
+        keys = np.concatenate(seen[layer], axis=1)  # [kv heads, tokens of all windows, size]
+        np.testing.assert_allclose(found[value], keys.mean(1).ravel(), rtol=1e-4, atol=1e-5)
+    step = RecordKeyMeans(lambda model, names, kind="largest": measured(model, names, ids, kind))
+    assert step(imported.model).modified
+    mean = means(nodes[1].metadata_props[KEY_MEAN]).astype("f").reshape(KV, 1, -1)
+    errors = [np.linalg.norm(TokenCacheGrid(4, 16, m).round(keys) - keys) for m in (mean, np.zeros_like(mean))]
+    assert errors[0] < 0.5 * errors[1]
 
 
 def test_a_target_without_such_caches_refuses_them(tiny_model: TinyModel) -> None:
