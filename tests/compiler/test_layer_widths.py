@@ -15,6 +15,7 @@ from tiny_adapters import W4, basis_of, checked, random_deltas, save_peft
 
 from rqc.compiler.api import compile_engine
 from rqc.compiler.calibration.blocks import run_parts
+from rqc.compiler.calibration.knapsack import Item, choose_widths
 from rqc.compiler.calibration.layer_widths import with_widths
 from rqc.compiler.calibration.sensitivity import sensitivities, units_of
 from rqc.compiler.importer import import_model
@@ -137,6 +138,13 @@ def test_a_budget_is_kept_and_reported(talking_model: Path, tmp_path: Path) -> N
     assert widths["model.layers.1.mlp.down_proj.weight"] == 3
     assert len(set(widths.values()) & {2, 4, 8}) >= 2
     assert len(found["units"]) == 11
+    description = import_model(talking_model).description
+    sizes = {claim.weight: prod(description.shape(claim)) for claim in description.claims}
+    ruled = "model.layers.1.mlp.down_proj.weight"
+    units = units_of(description, [claim for claim in description.claims if claim.weight != ruled])
+    items = [Item(one.size, {int(b): e for b, e in found["units"][one.name]["errors"].items()}) for one in units]
+    best = choose_widths(items, int(3.3 * sum(sizes.values())) - 3 * sizes[ruled])
+    assert [found["units"][one.name]["bits"] for one in units] == best, "the least sum of the reported errors"
     for name, unit in found["units"].items():
         errors = [unit["errors"][bits] for bits in ("2", "4", "8")]
         assert errors == sorted(errors, reverse=True), name
