@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tiny import TinyModel, give_voice
 from tiny_adapters import save_peft
 
@@ -22,23 +25,30 @@ from rqc.compiler.calibration import frames, solver
 from rqc.compiler.calibration.blockwise import Site, calibrate
 from rqc.compiler.calibration.calibrated import calibrated, calibration_need
 from rqc.compiler.calibration.calibration_text import calibration_ids, divided
-from rqc.compiler.calibration.findings import CodeStore
+from rqc.compiler.calibration.compensation import budgeted_ranks
+from rqc.compiler.calibration.findings import CodeStore, Findings
 from rqc.compiler.calibration.memory import calibration_bytes
+from rqc.compiler.calibration.solver import Solver
 from rqc.compiler.importer import import_model
 from rqc.compiler.recipe import Recipe
 from rqc.compiler.sizes import block_bytes
 from rqc.compiler.text import calibration_text, read_tokenizer
 from rqc.compiler.verify.engine import verify_engine
+from rqc.compiler.widths import linear_grid
 from rqc.models.eora import eora
 from rqc.models.fake_quant import GraphGrid, quantize_inputs, recording
 from rqc.models.grid import Grid, quantize
+from rqc.models.moments import Moments
 from rqc.models.reference import Reference
 from rqc.models.sparsity import two_of_four
 from rqc.models.token_grid import TokenGrid
 from rqc.passes.base import CLIP
+from rqc.models.weights import Weight
 from rqc.passes.quantize import QuantizeLinears
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError, ResourceError, SchemeError
+
+Array = NDArray[np.float64]
 
 
 class Lines:
@@ -88,6 +98,16 @@ def test_moments_are_those_of_what_pytorch_reads_behind_rounded_blocks(name: str
         if last:
             for weight in (weight for one in sites if one.block == site.block for weight in one.weights):
                 reference.set_weight(weight, store.found[weight]().dequantize())
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A checkpoint of arrays."""
+
+    arrays: Mapping[str, Array]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Array:
+        return self.arrays[name][start:stop]
 
 
 class Watched(calibrating.Solver):
@@ -195,6 +215,30 @@ def test_few_tokens_are_told(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert sum(line.startswith("activation clip auto: the text holds") for line in lines.lines) == 1
     compile_engine(directory, tmp_path / "e.plan", **{**options, "scheme": "w4a16"}, bits_budget=3, progress=lines)
     assert sum(line.startswith("bits budget 3: the text holds") for line in lines.lines) == 1
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_ranks_within_a_budget_do_not_ask_how_large_an_output_is(method: str, tiny_model: TinyModel) -> None:
+    """Norms and gates behind a linear scale what it writes at will: a hundred times as much takes no more ranks."""
+    description = import_model(tiny_model("llama16")).description
+    options = {"scheme": "w3a16", "method": method, "compensate": "eora", "compensate_budget": 3.0}
+    recipe, draw = Recipe.from_values(options), np.random.default_rng(0)
+    names = [f"model.layers.0.{name}_proj.weight" for name in ("self_attn.o", "mlp.down")]
+    drawn = {name: draw.standard_normal(description.shape(description.by_weight[name])) for name in names}
+    moments = {name: Moments(w.shape[1]) for name, w in drawn.items()}
+    for one in moments.values():
+        one.add(draw.standard_normal((300, one.width)) * np.exp(draw.standard_normal(one.width)))
+
+    def ranks(weights: Mapping[str, Array]) -> dict[str, int]:
+        solver = Solver(recipe, QuantizeLinears(description, linear_grid(recipe)), findings := Findings(0))
+        for name, w in weights.items():
+            solver(Site("layer 0", {name: Weight(InMemory(weights), name, w.shape)}, moments[name]))
+        return budgeted_ranks(recipe, findings.spectra, {name: (len(w), w.shape[1]) for name, w in weights.items()})
+
+    plain = ranks(drawn)
+    assert all(0 < rank < 96 for rank in plain.values())
+    for name in names:
+        assert ranks({**drawn, name: 100 * drawn[name]}) == plain
 
 
 @pytest.mark.parametrize("prune", ["magnitude", "wanda"])
