@@ -37,6 +37,7 @@ from rqc.compiler.verify.engine import verify_engine
 from rqc.compiler.widths import linear_grid
 from rqc.models.eora import eora
 from rqc.models.fake_quant import GraphGrid, quantize_inputs, recording
+from rqc.models.gptq import Order, gptq
 from rqc.models.grid import Grid, quantize
 from rqc.models.moments import Moments
 from rqc.models.reference import Reference
@@ -134,7 +135,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
 def test_a_compile_fits_codes_to_what_its_engine_reads(
     watched: type[Watched], tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    """Rounded inputs, behind a block whose weights and inputs were rounded; clipped low, for rounding is little."""
+    """Rounded inputs, behind a block whose weights and inputs were rounded; clipped low, for rounding is little. And to
+    the weight that suits these, which is another."""
     directory, grid = give_voice(tiny_model("llama16")), TokenGrid(4, True, 0.6)
     options = {**QUICK, "scheme": "w4a4", "activation_clip": 0.6, "embedding_bits": 32, "head_bits": 32}
     compile_engine(directory, tmp_path / "e.plan", **options)
@@ -155,6 +157,15 @@ def test_a_compile_fits_codes_to_what_its_engine_reads(
         for name in here:
             reference.set_weight(name, watched.made[name])
         quantize_inputs(reference, dict.fromkeys(here, GraphGrid(grid)))
+    site, codes = watched.sites[0], linear_grid(Recipe.from_values(options))
+    assert isinstance(codes, Grid)
+    own, suited = (
+        np.concatenate([change(weight.read()) for weight in site.weights.values()])
+        for change in (np.asarray, site.moments.suited)
+    )
+    fitted = gptq(suited, Order.of(site.moments.second, codes.group_size), codes).dequantize()
+    assert np.array_equal(np.concatenate([watched.made[name] for name in site.weights]), fitted)
+    assert np.linalg.norm(suited - own) > 1e-2 * np.linalg.norm(own), "otherwise this test shows nothing"
 
 
 def test_branches_make_up_for_rounded_activations_too(
