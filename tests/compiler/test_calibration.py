@@ -43,8 +43,8 @@ from rqc.models.moments import Moments
 from rqc.models.reference import Reference
 from rqc.models.sparsity import two_of_four
 from rqc.models.token_grid import TokenGrid
-from rqc.passes.base import CLIP
 from rqc.models.weights import Weight
+from rqc.passes.base import CLIP
 from rqc.passes.quantize import QuantizeLinears
 from rqc.runtime.container import EngineFile
 from rqc.runtime.errors import InputError, ResourceError, SchemeError
