@@ -113,7 +113,7 @@ class Findings:
         return self.codes.found
 
     def of(self, names: Collection[str]) -> Findings:
-        """The same for these weights alone."""
+        """The same with the branches of these weights alone, for a graph that has no others."""
         deltas = {name: delta for name, delta in self.deltas.items() if name in names}
         return replace(self, deltas=deltas)
 

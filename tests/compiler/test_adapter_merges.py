@@ -66,6 +66,21 @@ def test_an_adapter_of_a_quantized_base_runs_on_that_base(
     assert report.survival == dict.fromkeys(deltas, 1.0)
 
 
+def test_a_grid_of_activations_is_judged_by_the_scheme_that_the_adapter_brings(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    directory, fine, coarse = tiny_model("llama16"), tmp_path / "fine", tmp_path / "coarse"
+    write_adapter(coarse, random_deltas(directory), basis_of(directory, "r1,r4", **W4, activations=4))
+    write_adapter(fine, random_deltas(directory), basis_of(directory, "r1,r4", **W4))
+    clipped: dict[str, Any] = {"activation_clip": 0.9, "activation_symmetric": False}
+    compile_engine(directory, tmp_path / "e.plan", adapter=coarse, **clipped)
+    with EngineFile.open(tmp_path / "e.plan") as engine:
+        assert engine.manifest["scheme"] == "w4a4"
+    for adapter, scheme in ((fine, None), (coarse, "w4a8")):
+        with pytest.raises(SchemeError, match="--activation-asymmetric with --scheme"):
+            compile_engine(directory, tmp_path / "e.plan", adapter=adapter, scheme=scheme, **clipped)
+
+
 def test_a_router_takes_its_part_in_floats(tiny_model: TinyModel, tmp_path: Path) -> None:
     directory = tiny_model("qwen3-moe")
     deltas = random_deltas(directory, routers=True)
