@@ -78,9 +78,7 @@ class Solver:
             return plain, nearest
         order = Order.of(moments.second, w.shape[1] if grid.group_size == -1 else grid.block(w.shape[1]))
         found = gptq(suited, order, grid, keep)
-        if (
-            moments.cross is not None
-        ):  # a row that suits rounded inputs may still be worse with them than plain rounding
+        if moments.crossed:  # a row fitted to the suited weight may still miss more of W z than plain rounding does
             before, after = (moments.missed(w, one.dequantize()) for one in (plain, found))
             found = better_rows(plain, found, before < after)
         return found, nearest
