@@ -39,7 +39,7 @@ PROFILE = "1/1:16:32/64"
 QUICK: dict[str, Any] = {"target": "tensorrt-rtx", "sm": "86", "profile": PROFILE, "rotate": "none"}
 PLAN = "device/tensorrt-rtx-86.plan"
 TELLING = """
-import signal, sys
+import sys
 from rqc.compiler import cli
 from rqc.runtime import build
 
@@ -48,7 +48,6 @@ def tell(place, progress):
     return run(place, progress)
 
 run, build._run_worker = build._run_worker, tell
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 sys.exit(cli.main(sys.argv[1:]))
 """
 """A compile that says where its builder works."""

@@ -19,11 +19,10 @@ from rqc.runtime.container import EngineFile
 
 MakeTiny = Callable[..., Path]
 SLOW = """
-import signal, sys, time
+import sys, time
 from rqc.compiler import cli
 from rqc.runtime.replace_file import Replacement
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 write = Replacement.write
 
 def slowly(self, data, place):
