@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and its children too
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and its children
 
 
 def pytest_collection_finish() -> None:
