@@ -17,7 +17,7 @@ _ABSENT = 'put a chat_template.jinja into the model directory, or use {"instruct
 class ChatTemplates:
     """One for conversations with tools, one for those without; each is compiled when there is something to render.
 
-    files: of a model directory, by name. today: what templates take for now, the time of each rendering if None.
+    files: of a model directory, by name. today: the time that templates are told, that of each rendering if None.
     """
 
     def __init__(self, files: Mapping[str, bytes], today: datetime | None = None) -> None:

@@ -111,17 +111,11 @@ def compile_model(
         raise InputError("--verify-each with --dtype bf16, which ONNX Runtime does not compute", hint="--dtype fp16")
     if recipe.builds and not dry_run:
         require_builder(recipe.target)  # before the minutes of folding
-    choice = choose(recipe, imported, instruments.progress, merge, measure=not dry_run)
-    rotation, recipe = choice.rotation, replace(recipe, method=choice.method)
-    recipe, widths = measured_widths(recipe, imported, rotation, merge, instruments.progress, measure=not dry_run)
-    recipe = searched_clips(recipe, imported, rotation, merge, instruments.progress, measure=not dry_run)
-    model, description = imported.model, imported.description
-    findings = (
-        expected(recipe, description)
-        if dry_run
-        else calibrated(recipe, imported, rotation, merge, instruments.progress)
-    )
-    measure = unmeasured if dry_run else ranges_on_text(recipe, imported, instruments.progress)
+    told = instruments.progress
+    recipe, choice, widths = _decided(recipe, imported, merge, told, measure=not dry_run)
+    model, description, rotation = imported.model, imported.description, choice.rotation
+    findings = expected(recipe, description) if dry_run else calibrated(recipe, imported, rotation, merge, told)
+    measure = unmeasured if dry_run else ranges_on_text(recipe, imported, told)
     instruments.run(model, passes_of(recipe, description, rotation, merge, measure, findings))
     parameters, companions = manifests.parameter_count(imported), manifests.companion_bytes(imported)
     calibrating = calibration_need(recipe, imported) if dry_run else 0
@@ -133,9 +127,9 @@ def compile_model(
     if not dry_run:
         if output is None:
             raise ValueError("a compile needs an output path unless it is a dry run")
-        survival = None if merge is None else survival_of(model, merge, recipe, rotation, instruments.progress)
+        survival = None if merge is None else survival_of(model, merge, recipe, rotation, told)
         made = _Made(imported, model, recipe, choice, widths, findings, merge, survival, read)
-        summary = _write(Path(output), made, instruments.progress)
+        summary = _write(Path(output), made, told)
     return CompileReport(
         engine=None if dry_run else str(output),
         size_bytes=estimated.size_bytes if summary is None else summary.size_bytes,
@@ -164,6 +158,18 @@ def _opened(model_dir: str | Path, recipe: Recipe, progress: Progress) -> tuple[
     recipe = with_widths(with_method(recipe, merge, progress), imported)
     tell_unread(recipe, progress)
     return imported, recipe, merge
+
+
+def _decided(
+    recipe: Recipe, imported: Imported, merge: Merge | None, progress: Progress, *, measure: bool
+) -> tuple[Recipe, Choice, dict[str, Any] | None]:
+    """The recipe with all that is chosen by measurement, in this order: frame and method, the bits of each linear,
+    clips; how frame and method were, and what a report says of the bits."""
+    choice = choose(recipe, imported, progress, merge, measure=measure)
+    rotation, recipe = choice.rotation, replace(recipe, method=choice.method)
+    recipe, widths = measured_widths(recipe, imported, rotation, merge, progress, measure=measure)
+    recipe = searched_clips(recipe, imported, rotation, merge, progress, measure=measure)
+    return recipe, choice, widths
 
 
 def _way_to_less(recipe: Recipe, rotation: Rotation) -> str:

@@ -30,7 +30,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, special_tokens: Mapping[str, str] | None = None, today: datetime | None = None
     ) -> None:
-        """today: what the template takes for now, the time of each rendering if None. Raises InputError if the template
+        """today: the time that the template is told, that of each rendering if None. Raises InputError if the template
         is not valid jinja2."""
         self._special = dict(special_tokens or {})
         self._clock = {} if today is None else {"strftime_now": today.strftime}

@@ -115,7 +115,7 @@ def _run(
         names,
         ids,
         solver,
-        lambda names: _deployed(recipe, fresh.description, found.of(names)),
+        lambda block: _deployed(recipe, fresh.description, found.of(block)),
         lambda node: _rounding(recipe, node),
         lambda done, total: progress.advance("calibration", done, total),
         crossed=_crosses(recipe),

@@ -91,7 +91,7 @@ class Material:
     def read(
         cls, model_dir: str | Path, data: Path, settings: Settings, progress: Progress, today: datetime
     ) -> Material:
-        """Read and tokenize. today: what chat templates take for now. Raises CheckpointError and InputError."""
+        """Read and tokenize. today: the time that chat templates are told. Raises CheckpointError and InputError."""
         checkpoint = Checkpoint.open(model_dir)
         tokenizer = read_training_tokenizer(model_dir, today)
         config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)

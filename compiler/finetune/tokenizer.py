@@ -132,7 +132,7 @@ def read_training_tokenizer(model: str | Path, today: datetime | None = None) ->
 
 @contextmanager
 def _dated(today: datetime | None) -> Iterator[None]:
-    """Let transformers' templates take `today` for now; it lets nobody pass them another clock."""
+    """Tell transformers' templates that it is `today`; it lets nobody pass them another clock."""
     from transformers.utils import chat_template_utils
 
     plain = chat_template_utils.datetime
